@@ -1,0 +1,207 @@
+"""Counts of neurons and parameters in a checkpoint, the signature line, and a table for people."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import __version__
+from .checkpoint import config_section, printable
+from .compat import fairseq_version
+from .groups import FeedForward, dead_neurons, feed_forward_in_state
+
+# Buffers that fairseq's Transformers keep in their state dict beside the parameters.
+_BUFFERS = ("version", "_float_tensor", "embed_positions.weights")
+
+
+def count_neurons(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Count the feed-forward neurons of a checkpoint, and the parameters they account for.
+
+    A neuron is pruned when all weights of its row of fc1 are exactly zero; one that holds NaN
+    counts as alive. Compaction removes its row of fc1, its entry of the bias and its column of
+    fc2: 2d + 1 parameters.
+
+    Args:
+        checkpoint: what `checkpoint.read_checkpoint` returns.
+
+    Returns:
+        Plain data with the keys ``layers`` (a list of name, kind, total, alive, pruned),
+        ``ffn_neurons`` (total, alive, pruned), ``parameters`` (total: as fairseq-train logs it
+        under "num. shared model params"; compact: after compaction) and ``signature``.
+
+    Raises:
+        GroupError: the model has no feed-forward layers; the message lists what was found.
+        CheckpointError: the settings in the checkpoint are not a mapping.
+    """
+    state = checkpoint["model"]
+    layers = []
+    removable = 0
+    for layer in feed_forward_in_state(state):
+        total = layer.fc1_weight.shape[0]
+        pruned = int(dead_neurons(layer.fc1_weight).sum())
+        removable += pruned * _parameters_per_neuron(layer)
+        layers.append({"name": layer.name, "kind": layer.kind, **_tally([(total, pruned)])})
+    parameters = _count_parameters(state)
+    return {
+        "layers": layers,
+        "ffn_neurons": _tally((layer["total"], layer["pruned"]) for layer in layers),
+        "parameters": {"total": parameters, "compact": parameters - removable},
+        "signature": signature(_settings(checkpoint)),
+    }
+
+
+def layers_with_nan(checkpoint: Mapping[str, Any]) -> list[str]:
+    """Names of the feed-forward layers whose fc1 holds NaN."""
+    layers = feed_forward_in_state(checkpoint["model"])
+    return [layer.name for layer in layers if bool(layer.fc1_weight.isnan().any())]
+
+
+def signature(settings: Mapping[str, Any]) -> str:
+    """The settings behind a printed number, in one line in sacrebleu's manner.
+
+    Args:
+        settings: ``prox``, ``prox_strength``, ``prox_step_size``, ``prox_groups``, ``prox_bias``,
+            ``prox_start_update``, ``seed`` and ``updates``. Without ``prox`` the training is
+            unknown; a strength of None is the default; seed and updates are left out where they
+            are absent or None.
+
+    Returns:
+        Such as ``prox:l21|strength:1.0|step:schedule|groups:ffn|bias:yes|start:0|seed:1|
+        updates:1440|zero:exact|autosize:0.1.0|fairseq:0.12.3.1|torch:2.13.0``, without the break.
+        The versions are those of the programs that print it.
+    """
+    fields = {"prox": settings.get("prox", "unknown")}
+    if fields["prox"] not in ("none", "unknown"):
+        strength = settings.get("prox_strength")
+        fields |= {
+            "strength": "default" if strength is None else strength,
+            "step": settings.get("prox_step_size", "schedule"),
+            "groups": settings.get("prox_groups", "ffn"),
+            "bias": "yes" if settings.get("prox_bias", True) else "no",
+            "start": settings.get("prox_start_update", 0),
+        }
+    fields |= {key: settings[key] for key in ("seed", "updates") if settings.get(key) is not None}
+    fields |= {
+        "zero": "exact",
+        "autosize": __version__,
+        "fairseq": fairseq_version() or "none",
+        "torch": torch.__version__.partition("+")[0],
+    }
+    return "|".join(f"{key}:{printable(str(value))}" for key, value in fields.items())
+
+
+def format_count(count: Mapping[str, Any]) -> str:
+    """The result of `count_neurons` as an aligned table for a terminal.
+
+    Returns:
+        Lines without a trailing newline: a row per layer, rows for encoder, decoder and all,
+        the parameters now and after compaction, and the signature.
+    """
+    header = ("layer", "total", "alive", "pruned", "pruned %")
+    rows = [_row(printable(layer["name"]), layer) for layer in count["layers"]]
+    totals = []
+    for side in dict.fromkeys(layer["kind"].removesuffix("-ffn") for layer in count["layers"]):
+        own = [layer for layer in count["layers"] if layer["kind"] == f"{side}-ffn"]
+        totals.append(_row(side, _tally((layer["total"], layer["pruned"]) for layer in own)))
+    totals.append(_row("all", count["ffn_neurons"]))
+    widths = [max(map(len, column)) for column in zip(header, *rows, *totals, strict=True)]
+
+    def line(cells: Iterable[str]) -> str:
+        first, *rest = (
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "  ".join([first, *rest]).rstrip()
+
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    now, compact = count["parameters"]["total"], count["parameters"]["compact"]
+    return "\n".join(
+        [
+            line(header),
+            rule,
+            *map(line, rows),
+            rule,
+            *map(line, totals),
+            "",
+            f"parameters: {now:,} now, {compact:,} after compaction ({_percent(compact, now)} %)",
+            f"signature: {count['signature']}",
+        ]
+    )
+
+
+def _parameters_per_neuron(layer: FeedForward) -> int:
+    bias = 0 if layer.fc1_bias is None else 1
+    return layer.fc1_weight.shape[1] + bias + layer.fc2_weight.shape[0]
+
+
+def _tally(counts: Iterable[tuple[int, int]]) -> dict[str, int]:
+    counts = list(counts)
+    total, pruned = sum(t for t, _ in counts), sum(p for _, p in counts)
+    return {"total": total, "alive": total - pruned, "pruned": pruned}
+
+
+def _count_parameters(state: Mapping[str, Tensor]) -> int:
+    """Number of distinct parameters in a state dict.
+
+    Tied parameters appear under each of their names. They share storage, except where fairseq
+    copied them one by one while saving (from a GPU, or from half precision): so matrices with
+    equal contents count once, too. Matrices of zeros are no sign of a tie.
+    """
+    total = 0
+    seen: set[tuple] = set()
+    matrices: dict[tuple, list[Tensor]] = {}
+    for name, tensor in state.items():
+        if not tensor.is_floating_point() or name.endswith(_BUFFERS) or tensor.numel() == 0:
+            continue
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if place in seen:
+            continue
+        seen.add(place)
+        if tensor.dim() >= 2 and bool(tensor.any()):
+            data = tensor.contiguous().view(torch.uint8)  # bytes, so that NaN equals itself
+            # A few bytes tell nearly all matrices apart.
+            key = (tensor.shape, tensor.dtype, bytes(data.flatten()[:64].tolist()))
+            if any(torch.equal(data, other) for other in matrices.get(key, ())):
+                continue
+            matrices.setdefault(key, []).append(data)
+        total += tensor.numel()
+    return total
+
+
+def _settings(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What `signature` needs, as far as the checkpoint tells; plain values only."""
+    task = config_section(checkpoint, "task")
+    history = checkpoint.get("optimizer_history")
+    last = history[-1] if isinstance(history, list) and history else None
+    settings = {
+        "prox": task.get("prox", "none") if task else None,
+        "prox_strength": task.get("prox_strength"),
+        **{key: value for key, value in task.items() if str(key).startswith("prox_")},
+        "seed": config_section(checkpoint, "common").get("seed"),
+        "updates": last.get("num_updates") if isinstance(last, dict) else None,
+    }
+    if settings["prox_strength"] is None:
+        settings["prox_strength"] = _recorded_strength(checkpoint)
+    return {
+        key: value for key, value in settings.items() if isinstance(value, str | int | float | bool)
+    }
+
+
+def _recorded_strength(checkpoint: Mapping[str, Any]) -> Any:
+    """The strength that a default resolved to, which the task saves under its class' name."""
+    extra_state = checkpoint.get("extra_state")
+    if isinstance(extra_state, dict):
+        for value in extra_state.values():
+            if isinstance(value, dict) and "prox_strength" in value:
+                return value["prox_strength"]
+    return None
+
+
+def _row(name: str, tally: Mapping[str, int]) -> tuple[str, ...]:
+    numbers = (f"{tally[key]:,}" for key in ("total", "alive", "pruned"))
+    return (name, *numbers, _percent(tally["pruned"], tally["total"]))
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f}" if whole else "-"
