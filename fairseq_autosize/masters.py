@@ -1,0 +1,98 @@
+"""Find the fp32 master copy of a model parameter behind any of fairseq's optimizer wrappers.
+
+A proximal step on a half-precision copy is lost: the next synchronisation overwrites it, and a
+threshold below one ulp does nothing at all. So the step acts on the master, and the caller copies
+the result back.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+from fairseq.optim import AMPOptimizer, FairseqBMUF, FairseqOptimizer
+from fairseq.optim.fp16_optimizer import FP16Optimizer, MemoryEfficientFP16Optimizer
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Master:
+    """A model parameter with the tensor that its optimizer really updates.
+
+    Attributes:
+        parameter: the model's parameter.
+        tensor: its master copy, of the same shape: the parameter itself, a separate fp32 tensor,
+            or a view into a flat fp32 tensor.
+        group_index: position, in ``optimizer.param_groups``, of the group that owns the master.
+            The groups themselves are not kept: loading an optimizer state replaces them.
+    """
+
+    parameter: nn.Parameter
+    tensor: Tensor
+    group_index: int
+
+    def copy_back(self) -> None:
+        """Write the master into the model's parameter (rounding to its dtype)."""
+        if self.tensor is not self.parameter:
+            self.parameter.data.copy_(self.tensor)
+
+
+def find_masters(
+    optimizer: FairseqOptimizer, parameters: Sequence[nn.Parameter]
+) -> dict[nn.Parameter, Master]:
+    """The masters of `parameters`; one that the optimizer does not own (frozen) is left out.
+
+    Call it again whenever fairseq has built a new optimizer.
+
+    Args:
+        optimizer: as built by fairseq's trainer: a plain one (fp32) or an FP16Optimizer, flat or
+            not, for fp16 and bf16.
+        parameters: parameters of the model.
+
+    Returns:
+        parameter -> `Master`.
+
+    Raises:
+        TypeError: a wrapper that keeps no fp32 master, skips steps or moves the parameters after
+            its step; a proximal step would be lost or wrong there.
+    """
+    if isinstance(optimizer, MemoryEfficientFP16Optimizer | AMPOptimizer | FairseqBMUF):
+        raise TypeError(
+            f"optimizer: proximal steps do not work with {type(optimizer).__name__} yet; drop "
+            "--memory-efficient-fp16, --memory-efficient-bf16, --amp or --use-bmuf"
+        )
+    owners = _owners(optimizer)
+    group_of = {
+        id(owner): index
+        for index, group in enumerate(optimizer.param_groups)
+        for owner in group["params"]
+    }
+    masters = {}
+    for parameter in parameters:
+        if parameter in owners:
+            tensor, owner = owners[parameter]
+            masters[parameter] = Master(parameter, tensor, group_of[id(owner)])
+    return masters
+
+
+def _owners(optimizer: FairseqOptimizer) -> dict[nn.Parameter, tuple[Tensor, Tensor]]:
+    """parameter -> (its master, the tensor in the inner optimizer's groups that holds it)."""
+    if not isinstance(optimizer, FP16Optimizer):
+        own = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+        return {parameter: (parameter, parameter) for parameter in own}
+    if not optimizer.has_flat_params:
+        return {
+            half: (full.data, full)
+            for half, full in zip(optimizer.fp16_params, optimizer.fp32_params, strict=True)
+        }
+    owners = {}
+    flat_tensors = optimizer.fp32_params
+    offsets = dict.fromkeys(flat_tensors, 0)
+    for parameter in optimizer.fp16_params:
+        # The walk of FP16Optimizer._sync_fp32_params_to_fp16: by device, in order. With one
+        # device its key may be spelled otherwise than the parameter's device index.
+        device = parameter.device.index if len(flat_tensors) > 1 else next(iter(flat_tensors))
+        start = offsets[device]
+        offsets[device] = start + parameter.numel()
+        view = flat_tensors[device].data[start : offsets[device]].view(parameter.shape)
+        owners[parameter] = (view, flat_tensors[device])
+    return owners

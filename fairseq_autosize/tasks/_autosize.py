@@ -1,0 +1,257 @@
+"""What every task with auto-sizing shares: a mixin, and how a task enters fairseq's registries."""
+
+import itertools
+import logging
+from argparse import ArgumentParser
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from fairseq.logging import metrics
+from fairseq.optim import FairseqOptimizer
+from fairseq.optim.lr_scheduler import build_lr_scheduler
+from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY, FairseqTask, register_task
+from hydra.core.config_store import ConfigStore
+from torch import nn
+
+from ..config import ConfigError, Settings, add_bias_flags, check_training_mode
+from ..groups import FeedForward, dead_neurons, feed_forward_in_model
+from ..prox import OPERATORS
+from ..proximal_optimizer import ProximalOptimizer
+from ..report import signature
+from ..strength import death_updates, default_strength
+
+logger = logging.getLogger(__name__)
+
+# How far ahead the learning rate is followed where --max-update sets no end.
+HORIZON = 100_000
+
+
+class AutosizeMixin(FairseqTask):
+    """Adds the `--prox*` options to a fairseq task. Put it left of the task in the bases.
+
+    With ``--prox none`` every method does what the task itself does.
+    """
+
+    settings: Settings
+    _proximal: ProximalOptimizer | None = None
+    _layers: list[FeedForward]
+    _strength: float | None = None
+    _meters: tuple[str, ...] = ()
+    _counts: tuple[int, dict[str, float]] | None = None  # (update, what was counted then)
+    _update_num: int = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.settings = Settings.from_config(self._task_config)
+
+    @property
+    def _task_config(self) -> Any:
+        return self.args if self.cfg is None else self.cfg  # legacy tasks keep it in args
+
+    @property
+    def _whole_config(self) -> Any:
+        """fairseq's whole configuration, of which the task's is one node; None outside of it."""
+        parent = getattr(self._task_config, "_get_parent", None)
+        return parent() if parent is not None else None
+
+    @classmethod
+    def add_args(cls, parser: ArgumentParser) -> None:
+        add_bias_flags(parser)
+        super().add_args(parser)
+
+    def build_model(self, cfg: Any, from_checkpoint: bool = False) -> nn.Module:
+        model = super().build_model(cfg, from_checkpoint)
+        if self.settings.prox != "none" and not from_checkpoint:
+            if self._whole_config is not None:
+                check_training_mode(self._whole_config)
+            feed_forward_in_model(model, self.settings.groups)  # refuses before data is loaded
+        return model
+
+    def optimizer_step(
+        self, optimizer: FairseqOptimizer, model: nn.Module, update_num: int
+    ) -> None:
+        if self.settings.prox == "none":
+            super().optimizer_step(optimizer, model, update_num)
+            return
+        if self._proximal is None or self._proximal.optimizer is not optimizer:
+            self._proximal = self._build_proximal(optimizer, model, update_num)
+        self._proximal.step(update_num)
+        self._update_num = update_num + 1
+        self._log_counts()
+
+    def valid_step(self, sample: Any, model: nn.Module, criterion: nn.Module) -> Any:
+        self._log_counts()
+        return super().valid_step(sample, model, criterion)
+
+    def get_checkpoint_dict(self) -> dict[str, Any]:
+        """State for the checkpoint's extra_state; fairseq looks it up under the class' name."""
+        if self._strength is None:
+            return {}
+        return {type(self).__name__: {"prox_strength": self._strength}}
+
+    def _build_proximal(
+        self, optimizer: FairseqOptimizer, model: nn.Module, update_num: int
+    ) -> ProximalOptimizer:
+        settings = self.settings
+        self._layers = feed_forward_in_model(_unwrap(model), settings.groups)
+        columns = self._layers[0].fc1_weight.shape[1] + int(settings.bias)
+        self._strength = (
+            default_strength(settings.prox, columns)
+            if settings.strength is None
+            else settings.strength
+        )
+        proximal = ProximalOptimizer(
+            optimizer,
+            self._layers,
+            OPERATORS[settings.prox],
+            strength=self._strength,
+            step_size=settings.step_size,
+            include_bias=settings.bias,
+            start_update=settings.start_update,
+        )
+        if len(proximal.frozen) == len(self._layers):
+            raise ConfigError(
+                f"--prox {settings.prox}: all layers of --prox-groups "
+                f"{','.join(settings.groups)} are frozen, so there is nothing to shrink"
+            )
+        if proximal.frozen:
+            logger.warning("frozen, so not auto-sized: %s", ", ".join(proximal.frozen))
+        sides = dict.fromkeys(layer.kind.removesuffix("-ffn") for layer in self._layers)
+        self._meters = (
+            *(f"{key}_{state}" for key in ("neurons", *sides) for state in ("alive", "pruned")),
+            "prox_threshold",
+            "prox_penalty",
+        )
+        self._log_start(proximal, update_num)
+        return proximal
+
+    def _log_start(self, proximal: ProximalOptimizer, update_num: int) -> None:
+        """Say what is being shrunk, how long a neuron lives, and the settings in one line."""
+        for kind in dict.fromkeys(layer.kind for layer in self._layers):
+            widths = [layer.fc1_weight.shape[0] for layer in self._layers if layer.kind == kind]
+            logger.info(
+                "%s: %s neurons in layers 1 to %d", kind, " ".join(map(str, widths)), len(widths)
+            )
+        norms = proximal.dual_norms().tolist()
+        logger.info(
+            "%d groups (rows of fc1 %s bias); strength %g",
+            len(norms),
+            "with" if self.settings.bias else "without",
+            proximal.strength,
+        )
+        logger.info(self._lifetime(proximal, norms, update_num))
+        logger.info("signature: %s", self._signature())
+
+    def _lifetime(self, proximal: ProximalOptimizer, norms: list[float], update_num: int) -> str:
+        """When neurons without gradient would die under this strength and schedule."""
+        smallest, median, largest = (
+            float(q) for q in torch.tensor(norms).quantile(torch.tensor([0.0, 0.5, 1.0]))
+        )
+        described = f"dual norms {smallest:.3g} to {largest:.3g}, median {median:.3g}"
+        rates = self._learning_rates()
+        if rates is None:
+            return (
+                f"{described}; a neuron without gradient dies once strength * (sum of the learning "
+                "rates) exceeds its norm; when, depends on the validation results here"
+            )
+        thresholds = [
+            proximal.strength * rate if update >= self.settings.start_update else 0.0
+            for update, rate in enumerate(rates)
+        ][update_num:]
+        deaths = death_updates([smallest, median, largest], thresholds)
+        first, middle, last = (None if d is None else d + update_num for d in deaths)
+        if first is None:
+            return (
+                f"{described}; no neuron without gradient would die by update "
+                f"{update_num + len(thresholds)}: the thresholds add up to {sum(thresholds):.3g} "
+                "only. Raise --prox-strength, the learning rate or the number of updates"
+            )
+        return (
+            f"{described}; a neuron without gradient would die at update {middle or 'never'} "
+            f"(first {first}, last {last or 'never'})"
+        )
+
+    def _learning_rates(self) -> Iterator[float] | None:
+        """The step sizes of updates 0, 1, ... as far as planned; None where no plan exists."""
+        root = self._whole_config
+        horizon = (root.optimization.max_update if root is not None else 0) or HORIZON
+        if self.settings.step_size is not None:
+            return itertools.repeat(self.settings.step_size, horizon)
+        # reduce_lr_on_plateau waits for validation losses, pass_through for another optimizer.
+        if root is None or root.lr_scheduler._name in ("reduce_lr_on_plateau", "pass_through"):
+            return None
+        probe = _LearningRateProbe(None)
+        scheduler = build_lr_scheduler(root.lr_scheduler, probe)
+        scheduler.step_begin_epoch(1)
+        return (scheduler.step_update(update) for update in range(horizon))
+
+    def _signature(self) -> str:
+        task, root = self._task_config, self._whole_config
+        return signature(
+            {
+                **{name: getattr(task, name) for name in task if name.startswith("prox")},
+                "prox_strength": self._strength,
+                "seed": None if root is None else root.common.seed,
+            }
+        )
+
+    def _log_counts(self) -> None:
+        """Register the counts with fairseq's meters, which ask for them when they are shown."""
+        if self._proximal is None:
+            return
+        for key in self._meters:
+            metrics.log_derived(key, lambda _, key=key: self._count()[key], priority=60)
+
+    def _count(self) -> dict[str, float]:
+        """Neurons alive and pruned in total and per side, the threshold and the penalty, now."""
+        if self._counts is not None and self._counts[0] == self._update_num:
+            return self._counts[1]
+        counts = dict.fromkeys(self._meters, 0.0)
+        for layer in self._layers:
+            pruned = int(dead_neurons(layer.fc1_weight).sum())
+            for key in ("neurons", layer.kind.removesuffix("-ffn")):
+                counts[f"{key}_pruned"] += pruned
+                counts[f"{key}_alive"] += layer.fc1_weight.shape[0] - pruned
+        counts["prox_threshold"] = self._proximal.threshold
+        counts["prox_penalty"] = round(self._proximal.penalty(), 3)
+        self._counts = (self._update_num, counts)
+        return counts
+
+
+class _LearningRateProbe(FairseqOptimizer):
+    """Stands in for an optimizer while a scheduler is stepped ahead: keeps the rate, no state."""
+
+    lr = 0.0
+
+    def set_lr(self, lr: float) -> None:
+        self.lr = lr
+
+    def get_lr(self) -> float:
+        return self.lr
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The model inside fairseq's wrappers for distributed training."""
+    while isinstance(inner := getattr(model, "module", None), nn.Module):
+        model = inner
+    return model
+
+
+def register_autosize_task(stock_name: str, dataclass: type) -> Any:
+    """Register a task as ``<stock_name>_autosize`` and in place of `stock_name` itself.
+
+    The second makes ``--prox`` work without ``--task``, and keeps the stock name in the
+    checkpoint, so that plain fairseq loads it. Only registry entries are replaced.
+    """
+
+    def register(cls: type[AutosizeMixin]) -> type[AutosizeMixin]:
+        cls = register_task(f"{stock_name}_autosize", dataclass=dataclass)(cls)
+        TASK_REGISTRY[stock_name] = cls
+        TASK_DATACLASS_REGISTRY[stock_name] = dataclass
+        node = dataclass()
+        node._name = stock_name
+        ConfigStore.instance().store(name=stock_name, group="task", node=node, provider="fairseq")
+        return cls
+
+    return register

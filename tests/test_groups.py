@@ -1,0 +1,121 @@
+"""Finding feed-forward blocks in models and in state dicts."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+from fairseq.data import Dictionary
+from fairseq.models.transformer import TransformerModel, base_architecture
+from torch import nn
+
+from fairseq_autosize.groups import (
+    GroupError,
+    dead_neurons,
+    feed_forward_in_model,
+    feed_forward_in_state,
+    maps_zero_to_zero,
+)
+
+
+def transformer(**options: object) -> TransformerModel:
+    dictionary = Dictionary()
+    for word in "abcdef":
+        dictionary.add_symbol(word)
+    sizes = {"encoder_layers": 2, "decoder_layers": 1, "encoder_embed_dim": 8}
+    sizes |= {"encoder_ffn_embed_dim": 12, "decoder_ffn_embed_dim": 10}
+    sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    args = Namespace(**(sizes | options))
+    base_architecture(args)
+    task = Namespace(source_dictionary=dictionary, target_dictionary=dictionary)
+    return TransformerModel.build_model(args, task)
+
+
+def test_layers_of_a_model_in_order():
+    model = transformer()
+    layers = feed_forward_in_model(model)
+    assert [(layer.name, layer.kind) for layer in layers] == [
+        ("encoder.layers.0", "encoder-ffn"),
+        ("encoder.layers.1", "encoder-ffn"),
+        ("decoder.layers.0", "decoder-ffn"),
+    ]
+    assert layers[0].fc1_weight is model.encoder.layers[0].fc1.weight
+    assert layers[2].fc2_weight is model.decoder.layers[0].fc2.weight
+    assert layers[2].fc1_bias.shape == (10,)
+
+
+@pytest.mark.parametrize(
+    ("groups", "kinds"),
+    [(("encoder-ffn",), {"encoder-ffn"}), (("decoder-ffn",), {"decoder-ffn"})],
+)
+def test_groups_select_a_side(groups, kinds):
+    assert {layer.kind for layer in feed_forward_in_model(transformer(), groups)} == kinds
+
+
+def test_layerdrop_hides_no_layer():
+    model = transformer(encoder_layerdrop=0.9, encoder_layers=4).train()
+    assert sum(x.kind == "encoder-ffn" for x in feed_forward_in_model(model)) == 4
+
+
+def test_wrapped_model_has_the_same_layers():
+    wrapper = nn.Module()
+    wrapper.module = transformer()
+    assert len(feed_forward_in_model(wrapper)) == 3
+
+
+def test_state_dict_gives_what_the_model_gives():
+    model = transformer()
+    from_state = feed_forward_in_state(model.state_dict())
+    from_model = feed_forward_in_model(model)
+    assert [layer.name for layer in from_state] == [layer.name for layer in from_model]
+    for mine, other in zip(from_state, from_model, strict=True):
+        assert torch.equal(mine.fc1_weight, other.fc1_weight)
+
+
+def test_shared_layers_are_found_once():
+    model = transformer()
+    model.encoder.layers[1] = model.encoder.layers[0]
+    names = [layer.name for layer in feed_forward_in_state(model.state_dict())]
+    assert names == ["encoder.layers.0", "decoder.layers.0"]
+    assert [layer.name for layer in feed_forward_in_model(model)] == names
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_accurate", "tanh", "linear"])
+def test_activations_that_keep_zero(activation):
+    layers = feed_forward_in_model(transformer(activation_fn=activation))
+    assert len(layers) == 3
+
+
+def test_other_activations_are_refused_by_name():
+    model = transformer()
+    model.decoder.layers[0].activation_fn = torch.sigmoid
+    with pytest.raises(GroupError, match=r"decoder\.layers\.0: activation 'sigmoid'"):
+        feed_forward_in_model(model)
+    assert feed_forward_in_model(model, ["encoder-ffn"])  # the other side can be auto-sized
+
+
+def test_silu_is_fine_as_a_function_and_refused_as_the_class():
+    # fairseq's --activation-fn swish gives the class, which is not callable on a tensor.
+    assert maps_zero_to_zero(torch.nn.functional.silu)
+    model = transformer(activation_fn="swish")
+    with pytest.raises(GroupError, match="SiLU"):
+        feed_forward_in_model(model)
+
+
+def test_unknown_architecture_lists_what_was_found():
+    with pytest.raises(GroupError, match=r"Modules found: Linear x1, ReLU x1"):
+        feed_forward_in_model(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+    with pytest.raises(GroupError, match=r"among the parameters: 0\.bias, 0\.weight"):
+        feed_forward_in_state(nn.Sequential(nn.Linear(2, 2), nn.ReLU()).state_dict())
+
+
+def test_state_with_wrong_shapes_is_refused():
+    state = transformer().state_dict()
+    state["encoder.layers.0.fc2.weight"] = torch.zeros(8, 11)
+    with pytest.raises(GroupError, match=r"encoder\.layers\.0: .* do not belong together"):
+        feed_forward_in_state(state)
+
+
+def test_dead_means_a_row_of_exact_zeros():
+    weight = torch.tensor([[0.0, 0.0], [0.0, 1e-38], [-0.0, 0.0], [float("nan"), 0.0]])
+    assert dead_neurons(weight).tolist() == [True, False, True, False]
+    assert dead_neurons(torch.empty(0, 3)).tolist() == []

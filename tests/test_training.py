@@ -1,0 +1,291 @@
+"""Auto-sizing through fairseq's real command-line programs, judged by the saved checkpoints."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_MODEL, TINY_TRAINING, USER_DIR, Runner, run_program
+
+from fairseq_autosize.checkpoint import read_checkpoint
+from fairseq_autosize.groups import FeedForward, dead_neurons, feed_forward_in_state
+
+pytestmark = pytest.mark.heavy
+
+AUTOSIZE = ["--user-dir", USER_DIR]
+# With TINY_TRAINING this kills some neurons of TINY_MODEL within 40 updates, but not all.
+PRUNING = ["--prox", "l21", "--prox-strength", "4", "--max-update", "40"]
+LM = (
+    "--arch transformer_lm --decoder-layers 2 --decoder-embed-dim 16 --decoder-ffn-embed-dim 24 "
+    "--decoder-attention-heads 2 --tokens-per-sample 64 --sample-break-mode eos"
+).split()
+
+
+def layers_of(checkpoint: Path) -> list[FeedForward]:
+    return feed_forward_in_state(read_checkpoint(checkpoint)["model"])
+
+
+def count_dead(checkpoint: Path) -> tuple[int, int]:
+    """Dead neurons and all neurons; checks that a dead one's bias is zero too."""
+    dead = total = 0
+    for layer in layers_of(checkpoint):
+        mask = dead_neurons(layer.fc1_weight)
+        assert bool((layer.fc1_bias[mask] == 0).all())
+        assert bool((layer.fc1_bias[~mask] != 0).any() or mask.all())
+        dead, total = dead + int(mask.sum()), total + len(mask)
+    return dead, total
+
+
+def logged(output: str, tag: str = "train_inner") -> list[dict[str, float]]:
+    lines = re.findall(rf"\| {tag} \| (\{{.*\}})", output)
+    return [{key: float(value) for key, value in json.loads(line).items()} for line in lines]
+
+
+def assert_same_checkpoints(first: Path, second: Path) -> None:
+    """Equal parameters and equal optimizer state, bit for bit."""
+    a, b = read_checkpoint(first), read_checkpoint(second)
+    assert a["model"].keys() == b["model"].keys()
+    for name, value in a["model"].items():
+        assert torch.equal(value, b["model"][name]), name
+    states = [c["last_optimizer_state"]["state"] for c in (a, b)]
+    assert states[0].keys() == states[1].keys()
+    for index, state in states[0].items():
+        for key, value in state.items():
+            other = states[1][index][key]
+            same = torch.equal(value, other) if torch.is_tensor(value) else value == other
+            assert same, (index, key)
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "task"),
+    [
+        ("corpus", ["--prox", "l21", "--prox-strength", "4"], "translation"),
+        (
+            "corpus",
+            ["--task", "translation_autosize", "--prox", "l21", "--prox-strength", "4"],
+            "translation_autosize",
+        ),
+        ("corpus", ["--prox", "linf1", "--prox-strength", "13"], "translation"),
+        (
+            "lm_corpus",
+            ["--task", "language_modeling_autosize", *LM, "--prox", "l21", "--prox-strength", "4"],
+            "language_modeling_autosize",
+        ),
+        (
+            "lm_corpus",
+            ["--task", "language_modeling", *LM, "--prox", "linf1", "--prox-strength", "13"],
+            "language_modeling",
+        ),
+    ],
+)
+def test_training_leaves_exact_zeros(data, options, task, request, run, tmp_path):
+    model = [] if "language" in task else TINY_MODEL
+    output = run(
+        *("fairseq_cli.train", request.getfixturevalue(data), *AUTOSIZE, *model, *TINY_TRAINING),
+        *(*options, "--max-update", "40", "--save-dir", tmp_path),
+    ).stdout
+    dead, total = count_dead(tmp_path / "checkpoint_last.pt")
+    assert 0 < dead < total
+    assert read_checkpoint(tmp_path / "checkpoint_last.pt")["cfg"]["task"]["_name"] == task
+
+    last = logged(output)[-1]
+    assert last["neurons_pruned"] == dead and last["neurons_alive"] == total - dead
+    sides = ["decoder"] if "language" in task else ["encoder", "decoder"]
+    assert sum(last[f"{side}_pruned"] for side in sides) == dead
+    strength = float(options[options.index("--prox-strength") + 1])
+    assert last["prox_threshold"] == pytest.approx(strength * last["lr"], rel=1e-2)
+    assert logged(output, "valid")[-1]["valid_neurons_pruned"] == dead
+    assert f"{total} groups (rows of fc1 with bias); strength {strength:g}" in output
+    assert "24 24 neurons in layers 1 to 2" in output
+    assert re.search(r"a neuron without gradient would die at update \d+", output)
+    assert re.search(rf"signature: prox:{options[options.index('--prox') + 1]}\|", output)
+
+
+def test_hydra_train_with_a_yaml(corpus, run, tmp_path):
+    (tmp_path / "autosize.yaml").write_text(f"""# @package _group_
+common: {{user_dir: {USER_DIR}, cpu: true, seed: 1, log_interval: 1, log_format: json}}
+task: {{_name: translation_autosize, data: {corpus}, prox: l21, prox_strength: 4.0}}
+model:
+  _name: transformer
+  share_all_embeddings: true
+  encoder: {{layers: 2, embed_dim: 16, ffn_embed_dim: 24, attention_heads: 2}}
+  decoder: {{layers: 2, embed_dim: 16, ffn_embed_dim: 24, attention_heads: 2}}
+criterion: {{_name: cross_entropy}}
+optimizer: {{_name: adam}}
+lr_scheduler: {{_name: inverse_sqrt, warmup_updates: 10}}
+dataset: {{max_tokens: 400, required_batch_size_multiple: 1, num_workers: 0}}
+optimization: {{max_update: 40, lr: [0.005]}}
+checkpoint: {{save_dir: {tmp_path}/run, no_epoch_checkpoints: true}}
+""")
+    run(
+        *("fairseq_cli.hydra_train", "--config-dir", tmp_path, "--config-name", "autosize"),
+        cwd=tmp_path,
+    )
+    dead, total = count_dead(tmp_path / "run" / "checkpoint_last.pt")
+    assert 0 < dead < total
+
+
+@pytest.fixture(scope="module")
+def stock(corpus: Path, run: Runner, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of plain fairseq, which never hears of the package."""
+    folder = tmp_path_factory.mktemp("stock")
+    training = [*TINY_MODEL, *TINY_TRAINING, "--max-update", "20", "--save-dir", folder]
+    run("fairseq_cli.train", corpus, *training)
+    return folder / "checkpoint_last.pt"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--prox", "none", "--task", "translation_autosize"],
+        ["--prox", "l21", "--prox-strength", "0"],
+        ["--prox", "linf1", "--prox-start-update", "20"],
+    ],
+)
+def test_without_a_threshold_training_is_stock_training(options, stock, corpus, run, tmp_path):
+    training = [*TINY_MODEL, *TINY_TRAINING, "--max-update", "20", "--save-dir", tmp_path]
+    run("fairseq_cli.train", corpus, *AUTOSIZE, *training, *options)
+    assert_same_checkpoints(stock, tmp_path / "checkpoint_last.pt")
+
+
+@pytest.mark.parametrize(
+    "interrupted_at", [7, 23]
+)  # in the middle of the first and of a later epoch
+def test_interrupted_training_equals_uninterrupted(interrupted_at, corpus, run, tmp_path):
+    train = ("fairseq_cli.train", corpus, *AUTOSIZE, *TINY_MODEL, *TINY_TRAINING, *PRUNING)
+    run(*train, "--save-dir", tmp_path / "whole")
+    halves = [*train, "--save-dir", tmp_path / "halves"]
+    run(*halves, "--max-update", interrupted_at)
+    run(*halves)
+    assert count_dead(tmp_path / "whole" / "checkpoint_last.pt")[0] > 0
+    assert_same_checkpoints(*(tmp_path / x / "checkpoint_last.pt" for x in ("whole", "halves")))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--update-freq", "2"],
+        ["--encoder-layerdrop", "0.5"],
+        ["--weight-decay", "0.1"],
+        ["--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", "1"],
+        ["--no-prox-bias"],
+        ["--prox-groups", "decoder-ffn"],
+        ["--prox-start-update", "5"],
+    ],
+)
+def test_every_update_takes_one_full_step(options, corpus, run, tmp_path):
+    """With a learning rate of almost 0 only the prox moves fc1: l21 takes t off every row."""
+    output = run(
+        *("fairseq_cli.train", corpus, *AUTOSIZE, *TINY_MODEL, *TINY_TRAINING, "--lr", "1e-12"),
+        *("--prox", "l21", "--prox-strength", "0.5", "--prox-step-size", "0.01"),
+        *("--max-update", "12", "--save-dir", tmp_path, "--disable-validation", *options),
+    ).stdout
+    points = logged(output)
+    assert [p["num_updates"] for p in points] == list(range(1, 13))
+    groups = points[0]["neurons_alive"]
+    assert groups == (48 if "--prox-groups" in options else 96)
+    start = 5 if "--prox-start-update" in options else 0
+    first = points[0]["prox_penalty"]
+    for point in points[1:]:
+        steps = max(0, point["num_updates"] - max(start, 1))
+        assert first - point["prox_penalty"] == pytest.approx(groups * 0.005 * steps, abs=0.02)
+
+
+def test_step_follows_the_schedule_and_rows_die_when_predicted(corpus, run, tmp_path):
+    """Adam with eps = 1e6 moves nothing, so rows die by the sum of the thresholds alone."""
+    output = run(
+        *("fairseq_cli.train", corpus, *AUTOSIZE, *TINY_MODEL, *TINY_TRAINING),
+        *("--adam-eps", "1e6", "--prox", "l21", "--prox-strength", "6", "--max-update", "40"),
+        *("--save-dir", tmp_path, "--disable-validation"),
+    ).stdout
+    told = re.search(r"would die at update (\d+) \(first (\d+), last (\d+)\)", output)
+    middle, first, last = map(int, told.groups())
+    pruned = {int(p["num_updates"]): p["neurons_pruned"] for p in logged(output)}
+    assert pruned[first - 1] == 0 < pruned[first]
+    assert pruned[last - 1] < 96 == pruned[last]
+    assert pruned[middle - 1] < 48 <= pruned[middle]
+
+
+def test_fp16_checkpoint_has_exact_zeros(corpus, run, tmp_path):
+    run(
+        *("fairseq_cli.train", corpus, *AUTOSIZE, *TINY_MODEL, *TINY_TRAINING, *PRUNING),
+        *("--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", "1", "--save-dir", tmp_path),
+    )
+    checkpoint = tmp_path / "checkpoint_last.pt"
+    assert layers_of(checkpoint)[0].fc1_weight.dtype == torch.float16
+    dead, total = count_dead(checkpoint)
+    assert 0 < dead < total
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prox", "l3"], "invalid choice: 'l3'"),
+        (["--prox", "l21", "--prox-strength", "-1"], "--prox-strength -1.0: must be a finite"),
+        (["--prox", "l21", "--prox-groups", "heads"], "--prox-groups heads: 'heads' is not one"),
+        (["--prox", "l21", "--memory-efficient-fp16"], "--memory-efficient-fp16 yet"),
+        (["--prox", "l21", "--amp"], "--prox does not work with --amp yet"),
+    ],
+)
+def test_bad_options_end_the_start(options, message, corpus, tmp_path):
+    train = ["fairseq_cli.train", corpus, *AUTOSIZE, *TINY_MODEL, *TINY_TRAINING]
+    result = run_program(*train, *options, "--max-update", "1", "--save-dir", tmp_path)
+    assert result.returncode != 0
+    assert message in result.stdout.strip().splitlines()[-1]
+    assert not list(tmp_path.glob("*.pt"))
+
+
+def test_translation_programs_read_the_checkpoint(corpus, run, tmp_path):
+    """--eval-bleu in training, then generate and interactive; no hypothesis is lost."""
+    output = run(
+        *("fairseq_cli.train", corpus, *AUTOSIZE, *TINY_MODEL, *TINY_TRAINING, *PRUNING),
+        *("--eval-bleu", "--eval-bleu-args", '{"beam": 2, "max_len_b": 10}'),
+        *("--save-dir", tmp_path, "--tensorboard-logdir", tmp_path / "tensorboard"),
+    ).stdout
+    assert "valid_bleu" in logged(output, "valid")[-1] or '"valid_bleu"' in output
+    checkpoint = tmp_path / "checkpoint_best.pt"
+    options = [corpus, *AUTOSIZE, "--path", checkpoint, "--cpu", "--max-tokens", "400"]
+    options += ["--required-batch-size-multiple", "1"]
+    generated = run("fairseq_cli.generate", *options).stdout
+    assert len(re.findall(r"^H-\d+\t", generated, re.M)) == 43
+    told = run("fairseq_cli.interactive", *options, stdin="ba be\nku ko ki\n").stdout
+    assert len(re.findall(r"^H-\d+\t", told, re.M)) == 2
+    stock = run_program("fairseq_cli.train", corpus, *TINY_MODEL, "--help")
+    assert "--prox" not in stock.stdout
+
+
+def test_tensorboard_has_the_counts(corpus, run, tmp_path):
+    run(
+        *("fairseq_cli.train", corpus, *AUTOSIZE, *TINY_MODEL, *TINY_TRAINING, *PRUNING),
+        *("--max-update", "3", "--save-dir", tmp_path, "--tensorboard-logdir", tmp_path / "board"),
+    )
+    events = b"".join(file.read_bytes() for file in (tmp_path / "board").rglob("*tfevents*"))
+    for name in (b"neurons_alive", b"encoder_pruned", b"prox_threshold", b"prox_penalty"):
+        assert name in events
+
+
+def test_one_run_prunes_in_a_plain_fairseq_checkpoint(corpus, run, tmp_path):
+    """A run without --task gives a checkpoint for a fairseq that lacks the package."""
+    run(
+        *("fairseq_cli.train", corpus, *AUTOSIZE, *TINY_MODEL, *TINY_TRAINING, *PRUNING),
+        *("--save-dir", tmp_path),
+    )
+    # Plain fairseq on torch >= 2.6 refuses every checkpoint of its own; only the list of safe
+    # globals is taken from here.
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    compat = str(USER_DIR / "compat.py")
+    (plain / "__init__.py").write_text(
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('compat', {compat!r})\n"
+        "spec.loader.exec_module(importlib.util.module_from_spec(spec))\n"
+        "assert 'fairseq_autosize' not in sys.modules\n"
+    )
+    generated = run(
+        *("fairseq_cli.generate", corpus, "--user-dir", plain, "--cpu", "--max-tokens", "400"),
+        *("--path", tmp_path / "checkpoint_last.pt", "--required-batch-size-multiple", "1"),
+    ).stdout
+    assert len(re.findall(r"^H-\d+\t", generated, re.M)) == 43
