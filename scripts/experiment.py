@@ -1,0 +1,298 @@
+#!/usr/bin/env python3
+"""Train, translate and score a list of settings on data from prepare_data.py, side by side.
+
+    python scripts/experiment.py DATA OUT --runs dense l21 linf1:12 dense:0 --updates 1440
+
+DATA is a folder made by prepare_data.py. A run is `dense` (no prox, the FFN width of --ffn),
+`dense:WIDTH` (another width; 0 is a model without FFN neurons), or an operator with an optional
+strength: `l21`, `l21:1.5`, `linf1:12`. `like:RUN` is a dense model whose uniform width gives it
+the parameters that RUN has left; it is trained last. All runs get the same number of updates.
+
+Each run has a folder OUT/RUN with its logs, its last checkpoint and result.json; finished runs
+are not repeated, so a stopped experiment goes on where it was. OUT/results.json collects them.
+"""
+
+import argparse
+import json
+import logging
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+import sacrebleu
+
+import fairseq_autosize
+from fairseq_autosize.checkpoint import read_checkpoint
+from fairseq_autosize.prox import OPERATORS
+from fairseq_autosize.report import count_neurons
+
+USER_DIR = Path(fairseq_autosize.__file__).parent
+RUN = re.compile(rf"dense(:\d+)?|({'|'.join(OPERATORS)})(:\d+(\.\d+)?)?|like:\S+")
+
+logger = logging.getLogger("experiment")
+
+
+class ExperimentError(Exception):
+    """A setting or a command that failed; the message says which and where its log is."""
+
+
+def train_options(run: str, args: argparse.Namespace) -> list[str]:
+    """fairseq-train's options for a run, without data and folders."""
+    kind, _, value = run.partition(":")
+    width = str(args.ffn)
+    prox = ["--prox", "none"]
+    if kind == "dense":
+        width = value or width
+    else:
+        prox = ["--prox", kind, *(["--prox-strength", value] if value else [])]
+    sides = ("encoder", "decoder")
+    model = [
+        *(word for side in sides for word in (f"--{side}-layers", str(args.layers))),
+        *(word for side in sides for word in (f"--{side}-embed-dim", str(args.dim))),
+        *(word for side in sides for word in (f"--{side}-ffn-embed-dim", width)),
+        *(word for side in sides for word in (f"--{side}-attention-heads", str(args.heads))),
+        *(f"--{side}-normalize-before" for side in sides),
+    ]
+    return [
+        *("--user-dir", str(USER_DIR), *prox),
+        *("--arch", "transformer", *model, "--share-all-embeddings"),
+        *("--dropout", str(args.dropout)),
+        *("--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1"),
+        *("--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--lr", str(args.lr)),
+        *("--lr-scheduler", "inverse_sqrt", "--warmup-updates", str(args.warmup)),
+        *("--max-tokens", str(args.max_tokens), "--required-batch-size-multiple", "1"),
+        *("--max-update", str(args.updates), "--seed", str(args.seed)),
+        *("--num-workers", "0", "--log-format", "json", "--log-interval", str(args.log_interval)),
+        *("--no-epoch-checkpoints", *args.train_args),
+    ]
+
+
+def execute(command: list[str], log: Path) -> tuple[float, float]:
+    """Run a command with its output in a file.
+
+    Returns:
+        Its CPU seconds (user and system) and wall seconds.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    start = time.monotonic()
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise ExperimentError(f"exit {process.returncode}, see the end of {log}")
+    return usage.ru_utime + usage.ru_stime, time.monotonic() - start
+
+
+def hypotheses(log: Path) -> list[str]:
+    """The best translations in fairseq-generate's output, in the order of the corpus."""
+    found = {}
+    for line in log.read_text(encoding="utf-8").splitlines():
+        if match := re.match(r"H-(\d+)\t[^\t]*\t(.*)", line):
+            found[int(match[1])] = match[2]
+    return [found[index] for index in sorted(found)]
+
+
+def history(log: Path) -> list[dict[str, float]]:
+    """Neurons alive and validation loss over the updates, from the training log."""
+    points = []
+    for line in log.read_text(encoding="utf-8").splitlines():
+        if match := re.search(r"\| (train_inner|valid) \| (\{.*\})", line):
+            values = json.loads(match[2])
+            prefix = "" if match[1] == "train_inner" else "valid_"
+            wanted = {"update": values.get(f"{prefix}num_updates", values.get("num_updates"))}
+            for key in (f"{prefix}neurons_alive", f"{prefix}loss"):
+                if key in values:
+                    wanted[key.removeprefix("valid_") if "neurons" in key else key] = values[key]
+            points.append({key: float(value) for key, value in wanted.items()})
+    return points
+
+
+def perform(run: str, data: Path, record: dict, args: argparse.Namespace) -> dict:
+    """Train, translate and score one run; returns what goes into result.json."""
+    folder = args.out / run.replace(":", "-")
+    result_file = folder / "result.json"
+    options = train_options(run, args)
+    if result_file.exists():
+        result = json.loads(result_file.read_text())
+        if result["options"] != options:
+            raise ExperimentError(f"{result_file} is from other settings; choose another OUT")
+        logger.info("%s: done before", run)
+        return result
+    folder.mkdir(parents=True, exist_ok=True)
+    source, target = record["languages"]
+    corpus = [str(data / "data-bin"), "--source-lang", source, "--target-lang", target]
+    fairseq = [sys.executable, "-m"]
+    cpu = [] if args.gpu else ["--cpu"]
+    train = [*fairseq, "fairseq_cli.train", *corpus, *options, *cpu, "--save-dir", str(folder)]
+    logger.info("%s: training, log in %s", run, folder / "train.log")
+    cpu_seconds, wall_seconds = execute(train, folder / "train.log")
+
+    checkpoint = folder / "checkpoint_last.pt"
+    count = count_neurons(read_checkpoint(checkpoint))
+    result = {
+        "run": run,
+        "options": options,
+        "seed": args.seed,
+        "updates": args.updates,
+        "train_cpu_seconds": round(cpu_seconds, 1),
+        "train_wall_seconds": round(wall_seconds, 1),
+        "neurons": count,
+        "history": history(folder / "train.log"),
+        "scores": {},
+    }
+    for subset, split in record["generate_subsets"].items():
+        log = folder / f"{split}.out"
+        generate = [*fairseq, "fairseq_cli.generate", *corpus, "--user-dir", str(USER_DIR)]
+        generate += ["--path", str(checkpoint), "--gen-subset", subset, "--beam", "5", *cpu]
+        generate += ["--required-batch-size-multiple", "1", *record["remove_bpe"]]
+        execute([*generate, "--max-tokens", "4000"], log)
+        lines = hypotheses(log)
+        references = (data / "raw" / f"{split}.{target}").read_text(encoding="utf-8").splitlines()
+        if len(lines) != len(references):
+            raise ExperimentError(f"{log}: {len(lines)} translations of {len(references)} lines")
+        scores = {}
+        for metric in (sacrebleu.BLEU(), sacrebleu.CHRF()):
+            score = metric.corpus_score(lines, [references])
+            signature = str(metric.get_signature())
+            scores[score.name] = {"score": round(score.score, 2), "signature": signature}
+        result["scores"][split] = scores
+        logger.info("%s: %s BLEU %.1f", run, split, scores["BLEU"]["score"])
+    result_file.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def uniform_width(result: dict) -> int:
+    """The FFN width that, in every layer, leaves as many neurons as a run has alive."""
+    layers = result["neurons"]["layers"]
+    return round(sum(layer["alive"] for layer in layers) / len(layers))
+
+
+def table(results: list[dict]) -> str:
+    """A Markdown table of the runs on the first test set."""
+    dense = next((r for r in results if r["run"] == "dense"), results[0])
+    split = next(iter(results[0]["scores"]))
+    lines = [
+        "| run | neurons alive, layer by layer | pruned | parameters left "
+        f"| BLEU ({split}) | chrF | training time |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        count = result["neurons"]
+        sides: dict[str, list[str]] = {}
+        for layer in count["layers"]:
+            sides.setdefault(layer["kind"], []).append(str(layer["alive"]))
+        total = count["ffn_neurons"]["total"]
+        share = f"{100 * count['ffn_neurons']['pruned'] / total:.0f} %" if total else "no FFN"
+        scores = result["scores"][split]
+        ratio = result["train_cpu_seconds"] / dense["train_cpu_seconds"]
+        alive = " / ".join(" ".join(widths) for widths in sides.values())
+        lines.append(
+            f"| {result['run']} | {alive} | {share} | {count['parameters']['compact']:,} "
+            f"| {scores['BLEU']['score']:.1f} | {scores['chrF2']['score']:.1f} | {ratio:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("data", metavar="DATA", type=Path, help="folder made by prepare_data.py")
+    add("out", metavar="OUT", type=Path, help="folder for logs, checkpoints and results")
+    add("--runs", nargs="+", default=["dense", "l21"], metavar="RUN", help="default: dense l21")
+    add("--updates", type=int, default=1440, help="updates of every run (default: %(default)s)")
+    add("--jobs", type=int, default=1, help="runs side by side, one thread each (default: 1)")
+    add("--seed", type=int, default=1)
+    add("--dim", type=int, default=128, help="embedding size (default: %(default)s)")
+    add("--ffn", type=int, default=512, help="FFN neurons a layer (default: %(default)s)")
+    add("--layers", type=int, default=3, help="layers of each side (default: %(default)s)")
+    add("--heads", type=int, default=4, help="attention heads (default: %(default)s)")
+    add("--dropout", type=float, default=0.1)
+    add("--lr", type=float, default=3e-3, help="peak learning rate (default: %(default)s)")
+    add("--warmup", type=int, default=500, help="updates of warm-up (default: %(default)s)")
+    add("--max-tokens", type=int, default=1000, help="tokens a batch (default: %(default)s)")
+    add("--log-interval", type=int, default=20)
+    add("--gpu", action="store_true", help="let fairseq use a GPU (default: --cpu)")
+    add(
+        "--train-args",
+        type=shlex.split,
+        default=[],
+        metavar="'...'",
+        help="further options for fairseq-train, in one quoted string",
+    )
+    args = parser.parse_args()
+    for run in args.runs:
+        if not RUN.fullmatch(run):
+            parser.error(
+                f"--runs {run}: give dense[:WIDTH], l21[:STRENGTH], linf1[:..] or like:RUN"
+            )
+        if run.startswith("like:") and run.removeprefix("like:") not in args.runs:
+            parser.error(f"--runs {run}: {run.removeprefix('like:')} is not among the runs")
+    if not (args.data / "prepare.json").is_file():
+        parser.error(f"DATA {args.data}: no prepare.json there; make it with prepare_data.py")
+    return args
+
+
+def main() -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    args = parse_args()
+    record = json.loads((args.data / "prepare.json").read_text())
+    failed = False
+    results: dict[str, dict] = {}
+
+    def attempt(run: str) -> None:
+        nonlocal failed
+        try:
+            results[run] = perform(run, args.data, record, args)
+        except (ExperimentError, OSError, ValueError) as error:
+            failed = True
+            logger.error("%s: failed: %s", run, error)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(attempt, [run for run in args.runs if not run.startswith("like:")]))
+    for run in args.runs:
+        model = run.removeprefix("like:")
+        if model != run and model in results:
+            twin = f"dense:{uniform_width(results[model])}"
+            attempt(twin)
+    ordered = [results[run] for run in [*args.runs, *results] if run in results]
+    unique = list({result["run"]: result for result in ordered}.values())
+    if unique:
+        summary = {
+            "data": record,
+            "command": shlex.join(["python", "scripts/experiment.py", *sys.argv[1:]]),
+            "machine": {"processor": processor(), "jobs": args.jobs, "threads a run": 1},
+            "versions": {
+                "python": platform.python_version(),
+                "fairseq_autosize": fairseq_autosize.__version__,
+                **{name: version(name) for name in ("torch", "fairseq-fixed", "sacrebleu")},
+            },
+            "results": unique,
+        }
+        (args.out / "results.json").write_text(json.dumps(summary, indent=1) + "\n")
+        print(table(unique))
+        print(f"\nall results: {args.out / 'results.json'}")
+    return 1 if failed else 0
+
+
+def processor() -> str:
+    """The processor's name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file() and (match := re.search(r"model name\s*: (.*)", info.read_text())):
+        return match[1]
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
