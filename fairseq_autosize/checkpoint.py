@@ -279,6 +279,8 @@ class _DryRun(pickle._Unpickler):
         self.names: dict[str, type[_Inert]] = {}
 
     def find_class(self, module: str, name: str) -> type[_Inert]:
+        if module == "__builtin__":  # its name in Python 2, which the protocols of torch.save keep
+            module = "builtins"
         path = f"{module}.{name}"
         if path not in self.names:
             self.names[path] = type("_Inert", (_Inert,), {"__slots__": (), "path": path})

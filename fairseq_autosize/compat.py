@@ -85,7 +85,7 @@ def require_fairseq() -> None:
     ):
         raise ImportError(
             f"fairseq {release} cannot be imported on Python "
-            f"{sys.version_info.major}.{sys.version_info.minor}: its dataclasses have mutable "
+            f"{'.'.join(map(str, sys.version_info[:2]))}: its dataclasses have mutable "
             "defaults, which Python refuses since 3.11 (ValueError: mutable default ... use "
             "default_factory). Replace it with a maintained build of the same package: "
             f"pip uninstall -y fairseq, then {INSTALL_FAIRSEQ}"
