@@ -22,8 +22,9 @@ What holds for every operator here unless its own text says otherwise:
 * **Precision.** The half types are computed in float32 and rounded once, at the end.
 * **Exact zeros.** What the mathematics says is zero is exactly zero, norm = threshold included.
   At threshold 0 the input comes back unchanged.
-* **Not finite.** A NaN makes the whole of its group NaN and no other. A group with an infinite
-  entry (and no NaN) comes back unchanged from the operators on rows, the limit for a growing entry.
+* **Not finite.** A NaN makes its group NaN (its entry, where there are no groups) and no other.
+  A row with an infinite entry and no NaN comes back unchanged from l2,1 and linf,1: the limit for
+  an entry that grows.
 * **Errors.** ValueError for a dtype that is not among the four, shapes that do not match, or a
   threshold that is negative, NaN or infinite.
 
@@ -52,10 +53,10 @@ _COMPUTE_DTYPE = {
 # of the residual), so 16384 columns in float64 need at most 14 + 14 + 52 steps; 2 to 6 are usual.
 _MAX_NEWTON_STEPS = 100
 
-# Entries handled at a time by linf,1: the work arrays of one chunk stay in a core's cache.
-_CHUNK_ENTRIES = 1 << 16
-# Column blocks whose maxima give the first guess of a row's level.
-_BLOCKS = 64
+# linf,1 on the CPU: entries handled at a time, so that the work arrays stay in the cache, ...
+_CHUNK_ENTRIES = 1 << 19
+# ... and columns whose maximum stands for them in the first guess of a row's level.
+_BLOCK_WIDTH = 8
 
 
 # --- arguments ------------------------------------------------------------------------------------
@@ -129,7 +130,14 @@ def _split(joined: Tensor, weight: Tensor, bias: Tensor | None) -> Result:
     return joined[:, :-1].contiguous(), joined[:, -1].contiguous()
 
 
-# --- l2,1 -----------------------------------------------------------------------------------------
+def _per_row(t: Threshold, weight: Tensor) -> Tensor:
+    """A checked threshold as a tensor of shape (rows,) in the compute dtype."""
+    if isinstance(t, float):
+        t = torch.full((), t, dtype=_COMPUTE_DTYPE[weight.dtype], device=weight.device)
+    return t.expand(weight.shape[0])
+
+
+# --- l2,1 and linf,1 on the rows: what training uses ----------------------------------------------
 
 
 def dual_norm_l21(weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -152,31 +160,6 @@ def dual_norm_l21(weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return norms if bias is None else torch.hypot(norms, bias.to(dtype))
 
 
-def _shrinkage(norms: Tensor, t: Threshold) -> Tensor:
-    """max(1 − t/‖w‖, 0), written so that ‖w‖ = t gives exactly 0 and ‖w‖ = 0 no NaN."""
-    scale = (norms - t).clamp_min_(0) / torch.where(norms > 0, norms, 1.0)
-    unchanged = norms == math.inf
-    if isinstance(t, Tensor):
-        unchanged = unchanged | (t == 0)
-    return torch.where(unchanged, 1.0, scale)
-
-
-@torch.no_grad()
-def prox_l21_(weight: Tensor, threshold: Threshold, bias: Tensor | None = None) -> None:
-    """`prox_l21`, written into ``weight`` and ``bias``."""
-    norms = dual_norm_l21(weight, bias)
-    t = _check_threshold(threshold, weight, by_row=True)
-    if isinstance(t, float) and t == 0:
-        return
-    scale = _shrinkage(norms, t)
-    weight.mul_(scale.unsqueeze(1))
-    if bias is not None:
-        bias.mul_(scale)
-
-
-# --- linf,1 ---------------------------------------------------------------------------------------
-
-
 def dual_norm_linf1(weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The l1 norm of each row: what decides whether `prox_linf1` makes the row zero.
 
@@ -191,6 +174,47 @@ def dual_norm_linf1(weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _join(weight, bias).abs().sum(1)
 
 
+def _shrinkage(norms: Tensor, t: Threshold) -> Tensor:
+    """max(1 − t/‖w‖, 0), exactly 0 at ‖w‖ = t, exactly 1 at t = 0 or ‖w‖ = inf, without NaN."""
+    range_ = torch.finfo(norms.dtype)
+    norms = norms.clamp(range_.tiny, range_.max)
+    return (norms - t).clamp_min_(0).div_(norms)
+
+
+@torch.no_grad()
+def prox_l21_(weight: Tensor, threshold: Threshold, bias: Tensor | None = None) -> None:
+    """`prox_l21`, written into ``weight`` and ``bias``."""
+    norms = dual_norm_l21(weight, bias)
+    scale = _shrinkage(norms, _check_threshold(threshold, weight, by_row=True))
+    weight.mul_(scale.unsqueeze(1))
+    if bias is not None:
+        bias.mul_(scale)
+
+
+def _first_levels(values: Tensor, t: Tensor) -> Tensor:
+    """A lower bound, mostly close, for the levels that `_newton_levels` finds, from block maxima.
+
+    For any k entries of a row (their sum − t)/k is a lower bound. It is tried for nested sets of
+    maxima, each half of the set before; two Newton steps on the largest set follow.
+    """
+    blocks = values.shape[1] // _BLOCK_WIDTH
+    top = values.amax(1)
+    levels = top - t
+    if blocks < 2:
+        return levels
+    peaks = values[:, : blocks * _BLOCK_WIDTH].unflatten(1, (_BLOCK_WIDTH, blocks)).amax(1)
+    gaps = top.unsqueeze(1) - peaks  # their sums do not overflow where sums of entries would
+    while (count := gaps.shape[1]) >= _BLOCK_WIDTH:
+        levels = torch.maximum(levels, top - (gaps.sum(1) + t).div_(count))
+        half = count // 2
+        gaps = torch.minimum(gaps[:, :half], gaps[:, half : 2 * half])
+    for _ in range(2):
+        excess = (peaks - levels.unsqueeze(1)).relu_()
+        residual = excess.sum(1).sub_(t).clamp_min_(0)
+        levels = levels + residual.div_(excess.sign_().sum(1).clamp_min_(1))
+    return torch.where(top.isfinite(), levels, top)
+
+
 def _newton_levels(
     values: Tensor, t: Tensor, start: Tensor, metric: Tensor | None = None
 ) -> Tensor:
@@ -202,79 +226,71 @@ def _newton_levels(
     Args:
         values: (rows, columns).
         t: (rows,), right sides.
-        start: (rows,), at most the solution. A row whose start is not finite keeps it.
+        start: (rows,), at most the solution; a row that starts above it, at inf or at NaN stays.
         metric: (rows, columns), the d_j > 0; None for 1.
 
     Returns:
         (rows,).
     """
     eps = torch.finfo(values.dtype).eps
-    levels = start.clone()
-    current = levels
-    pending = torch.arange(len(levels), device=levels.device)
+    levels = current = start
+    slope = torch.ones_like(t) if metric is None else metric.amin(1)
+    scratch = torch.empty_like(values)
+    rows = None  # those still moving; None for all
     for _ in range(_MAX_NEWTON_STEPS):
-        excess = (values - current.unsqueeze(1)).relu_()
-        if metric is None:
-            total = excess.sum(1)
-            slope = excess.sign_().sum(1)
-        else:
-            total = (excess * metric).sum(1)
-            slope = excess.sign_().mul_(metric).sum(1)
-        step = (total - t) / slope
-        moving = (step > eps * current.abs()).nonzero().squeeze(1)
-        if moving.numel() == 0:
+        excess = torch.sub(values, current.unsqueeze(1), out=scratch[: len(values)]).relu_()
+        active = excess if metric is None else excess * metric
+        residual = active.sum(1).sub_(t)
+        # A step below the last digit of θ ends a row; the slope before is at least the one now.
+        moving = (residual > eps * slope * current.abs()).nonzero().squeeze(1)
+        if len(moving) == 0:
             break
-        pending, t = pending[moving], t[moving]
-        values = values[moving]
-        metric = None if metric is None else metric[moving]
-        current = current[moving] + step[moving]
-        levels[pending] = current
+        if 2 * len(moving) < len(values):  # else copying costs more than it saves
+            rows = moving if rows is None else rows[moving]
+            values, excess = values.index_select(0, moving), excess.index_select(0, moving)
+            metric = None if metric is None else metric.index_select(0, moving)
+            t, current, residual = t[moving], current[moving], residual[moving]
+        active = excess.sign_() if metric is None else excess.sign_().mul_(metric)
+        slope = active.sum(1)
+        step = residual.div_(slope)
+        current = torch.where(step > 0, current + step, current)
+        levels = current if rows is None else levels.index_copy(0, rows, current)
     return levels
 
 
-def _linf_levels(magnitudes: Tensor, t: Tensor) -> Tensor:
+def _linf_levels(values: Tensor, t: Tensor) -> Tensor:
     """The level θ at which `prox_linf1` cuts each row of absolute values; 0 for a zero row."""
-    rows, columns = magnitudes.shape
-    if columns == 0:
-        return magnitudes.new_zeros(rows)
-    width = columns // _BLOCKS
-    if width > 1:
-        # Fewer entries reach the same sum only at a lower level, so the level of the block maxima
-        # is a lower bound; it is exact if no block holds two entries above it.
-        blocks = magnitudes[:, : width * _BLOCKS].unflatten(1, (width, _BLOCKS)).amax(1)
-        start = _newton_levels(blocks, t, blocks.amax(1) - t)
-    else:
-        start = magnitudes.amax(1) - t
-    levels = _newton_levels(magnitudes, t, start)
-    return torch.where(magnitudes.sum(1) <= t, 0.0, levels)
+    if values.shape[1] == 0:
+        return values.new_zeros(len(values))
+    levels = _newton_levels(values, t, _first_levels(values, t).clamp_min_(0))
+    return torch.where(values.sum(1) <= t, 0.0, levels)
 
 
 @torch.no_grad()
 def prox_linf1_(weight: Tensor, threshold: Threshold, bias: Tensor | None = None) -> None:
     """`prox_linf1`, written into ``weight`` and ``bias``."""
     _check_tensors(weight, bias, by_row=True)
-    t = _check_threshold(threshold, weight, by_row=True)
-    if isinstance(t, float) and t == 0:
-        return
+    thresholds = _per_row(_check_threshold(threshold, weight, by_row=True), weight)
     rows, columns = weight.shape
-    if isinstance(t, float):
-        t = torch.full((rows,), t, dtype=_COMPUTE_DTYPE[weight.dtype], device=weight.device)
-    t = t.expand(rows)
-    step = max(1, _CHUNK_ENTRIES // (columns + 1)) if weight.device.type == "cpu" else max(1, rows)
-    for first in range(0, rows, step):
-        part = slice(first, first + step)
-        chunk = weight[part]
-        chunk_bias = None if bias is None else bias[part]
-        levels = _linf_levels(_join(chunk, chunk_bias).abs(), t[part])
-        # Rounding the level and cutting is the same as cutting and rounding: rounding is monotone
-        # and leaves the entries below the level alone.
-        levels = torch.where(t[part] == 0, math.inf, levels).to(weight.dtype)
-        column = levels.unsqueeze(1)
-        torch.minimum(chunk, column, out=chunk)
-        torch.maximum(chunk, -column, out=chunk)
-        if chunk_bias is not None:
-            torch.minimum(chunk_bias, levels, out=chunk_bias)
-            torch.maximum(chunk_bias, -levels, out=chunk_bias)
+    width = columns + (bias is not None)
+    chunk = max(1, rows if weight.device.type != "cpu" else _CHUNK_ENTRIES // max(1, width))
+    work = torch.empty(min(rows, chunk), width, dtype=thresholds.dtype, device=weight.device)
+    for first in range(0, rows, chunk):
+        part = slice(first, first + chunk)
+        w, t = weight[part], thresholds[part]
+        values = work[: len(w)]
+        torch.abs(w.to(work.dtype), out=values[:, :columns])
+        if bias is not None:
+            torch.abs(bias[part].to(work.dtype), out=values[:, columns])
+        # Rounding the level and cutting there is cutting and rounding the result: rounding is
+        # monotone, and the entries below the level are numbers of that dtype already.
+        level = _linf_levels(values, t).to(weight.dtype)
+        column = level.unsqueeze(1)
+        # Two passes, because clamp with tensors as bounds is several times slower.
+        torch.maximum(torch.minimum(w, column, out=w), -column, out=w)
+        if bias is not None:
+            b = bias[part]
+            torch.maximum(torch.minimum(b, level, out=b), -level, out=b)
 
 
 def _copy_and_apply(
@@ -313,9 +329,6 @@ def prox_linf1(weight: Tensor, threshold: Threshold, bias: Tensor | None = None)
     return _copy_and_apply(prox_linf1_, weight, threshold, bias)
 
 
-# --- penalties ------------------------------------------------------------------------------------
-
-
 def penalty_l21(weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Σ_i ‖W_i‖₂, a tensor without dimensions."""
     return dual_norm_l21(weight, bias).sum()
@@ -326,9 +339,6 @@ def penalty_linf1(weight: Tensor, bias: Tensor | None = None) -> Tensor:
     _check_tensors(weight, bias, by_row=True)
     joined = _join(weight, bias)
     return joined.abs().amax(1).sum() if joined.shape[1] else joined.sum()
-
-
-# --- the operators that training can use ----------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -352,3 +362,407 @@ OPERATORS = {
     "l21": Operator("l21", prox_l21_, penalty_l21, dual_norm_l21),
     "linf1": Operator("linf1", prox_linf1_, penalty_linf1, dual_norm_linf1),
 }
+
+
+# --- operators on entries, on the whole tensor, and other ones on rows ----------------------------
+
+
+def _soft(values: Tensor, t: Threshold) -> Tensor:
+    return values - torch.clamp(values, -t, t)
+
+
+def _map(function: Callable[[Tensor], Tensor], weight: Tensor, bias: Tensor | None) -> Result:
+    """Applies a function of entries in the compute dtype and rounds once."""
+    dtype = _COMPUTE_DTYPE[weight.dtype]
+    new = [None if x is None else function(x.to(dtype)).to(x.dtype) for x in (weight, bias)]
+    return _result(*new)
+
+
+def _sum(function: Callable[[Tensor], Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
+    _check_tensors(weight, bias, by_row=False)
+    dtype = _COMPUTE_DTYPE[weight.dtype]
+    total = function(weight.to(dtype)).sum()
+    return total if bias is None else total + function(bias.to(dtype)).sum()
+
+
+@torch.no_grad()
+def prox_l1(weight: Tensor, threshold: Threshold, bias: Tensor | None = None) -> Result:
+    """Solves argmin_X ½‖X − W‖² + t·Σ |X_ij|: sign(w)·max(|w| − t, 0) for each entry.
+
+    Entries with |w| ≤ t come back exactly 0.
+    """
+    _check_tensors(weight, bias, by_row=False)
+    t = _check_threshold(threshold, weight, by_row=False)
+    return _map(lambda x: _soft(x, t), weight, bias)
+
+
+def penalty_l1(weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Σ |W_ij|, a tensor without dimensions."""
+    return _sum(torch.abs, weight, bias)
+
+
+@torch.no_grad()
+def prox_l2(weight: Tensor, threshold: Threshold, bias: Tensor | None = None) -> Result:
+    """Solves argmin_X ½‖X − W‖² + t·‖X‖₂ with all of weight and bias as one group.
+
+    Everything is multiplied by max(1 − t/‖W‖, 0), so it is exactly 0 for ‖W‖ ≤ t. The range of
+    norms is that of `dual_norm_l21`.
+    """
+    t = _check_threshold(threshold, weight, by_row=False)
+    scale = _shrinkage(penalty_l2(weight, bias), t)
+    return _map(lambda x: x * scale, weight, bias)
+
+
+def penalty_l2(weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """‖W‖₂ of all entries and the bias, not squared; a tensor without dimensions."""
+    _check_tensors(weight, bias, by_row=False)
+    dtype = _COMPUTE_DTYPE[weight.dtype]
+    norm = torch.linalg.vector_norm(weight, dtype=dtype)
+    if bias is None:
+        return norm
+    return torch.hypot(norm, torch.linalg.vector_norm(bias, dtype=dtype))
+
+
+@torch.no_grad()
+def prox_squared_l2(weight: Tensor, threshold: Threshold, bias: Tensor | None = None) -> Result:
+    """Solves argmin_X ½‖X − W‖² + t·½‖X‖²: w/(1 + t). Makes nothing zero."""
+    _check_tensors(weight, bias, by_row=False)
+    t = _check_threshold(threshold, weight, by_row=False)
+    return _map(lambda x: x / (1 + t), weight, bias)
+
+
+def penalty_squared_l2(weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """½‖W‖², a tensor without dimensions."""
+    return _sum(lambda x: x.square() / 2, weight, bias)
+
+
+@torch.no_grad()
+def prox_elastic_net(
+    weight: Tensor, threshold: Threshold, bias: Tensor | None = None, gamma: float = 1.0
+) -> Result:
+    """Solves argmin_X ½‖X − W‖² + t·(Σ |X_ij| + γ/2·‖X‖²): `prox_l1`, then division by 1 + t·γ.
+
+    Args:
+        weight: Any shape.
+        threshold: t.
+        bias: Of shape ``weight.shape[:1]``.
+        gamma: γ ≥ 0, the weight of the quadratic part.
+    """
+    _check_tensors(weight, bias, by_row=False)
+    t = _check_threshold(threshold, weight, by_row=False)
+    gamma = _check_number("gamma", gamma)
+    return _map(lambda x: _soft(x, t) / (1 + t * gamma), weight, bias)
+
+
+def penalty_elastic_net(weight: Tensor, bias: Tensor | None = None, gamma: float = 1.0) -> Tensor:
+    """Σ |W_ij| + γ/2·‖W‖², a tensor without dimensions."""
+    gamma = _check_number("gamma", gamma)
+    return penalty_l1(weight, bias) + gamma * penalty_squared_l2(weight, bias)
+
+
+def prox_linf(weight: Tensor, threshold: Threshold, bias: Tensor | None = None) -> Result:
+    """Solves argmin_X ½‖X − W‖² + t·max |X_ij| with all of weight and bias as one group.
+
+    All entries are cut at one level, see `prox_linf1`; exactly 0 where the sum of all absolute
+    values is at most t.
+    """
+    _check_tensors(weight, bias, by_row=False)
+    t = _check_threshold(threshold, weight, by_row=False)
+    parts = [weight.detach().reshape(-1)] + ([] if bias is None else [bias.detach()])
+    flat = torch.cat(parts)
+    prox_linf1_(flat.unsqueeze(0), t)
+    new_weight = flat[: weight.numel()].reshape(weight.shape).clone()
+    return _result(new_weight, None if bias is None else flat[weight.numel() :].clone())
+
+
+def penalty_linf(weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The largest |W_ij| of weight and bias, a tensor without dimensions; 0 if there is none."""
+    _check_tensors(weight, bias, by_row=False)
+    dtype = _COMPUTE_DTYPE[weight.dtype]
+    maxima = [x.abs().amax().to(dtype) for x in (weight, bias) if x is not None and x.numel()]
+    return torch.stack(maxima).amax() if maxima else weight.to(dtype).sum()
+
+
+def _check_mixing(mixing: float) -> float:
+    if not 0 <= mixing <= 1:
+        raise ValueError(f"mixing is {mixing}; it must lie between 0 (only l2,1) and 1 (only l1)")
+    return float(mixing)
+
+
+@torch.no_grad()
+def prox_sparse_group_lasso(
+    weight: Tensor, threshold: Threshold, bias: Tensor | None = None, mixing: float = 0.5
+) -> Result:
+    """Solves argmin_X ½‖X − W‖² + t·(m·Σ |X_ij| + (1 − m)·Σ_i ‖X_i‖₂): zero rows and entries.
+
+    `prox_l1` with threshold m·t, then `prox_l21` with threshold (1 − m)·t.
+
+    Args:
+        weight: (rows, columns).
+        threshold: t, a number or one per row.
+        bias: (rows,), one more column of the groups.
+        mixing: m, from 0 (only l2,1) to 1 (only l1).
+    """
+    _check_tensors(weight, bias, by_row=True)
+    t = _per_row(_check_threshold(threshold, weight, by_row=True), weight)
+    mixing = _check_mixing(mixing)
+    soft = _soft(_join(weight, bias), mixing * t.unsqueeze(1))
+    scale = _shrinkage(torch.linalg.vector_norm(soft, dim=1), (1 - mixing) * t)
+    return _split(soft.mul_(scale.unsqueeze(1)), weight, bias)
+
+
+def penalty_sparse_group_lasso(
+    weight: Tensor, bias: Tensor | None = None, mixing: float = 0.5
+) -> Tensor:
+    """m·Σ |W_ij| + (1 − m)·Σ_i ‖W_i‖₂, a tensor without dimensions."""
+    mixing = _check_mixing(mixing)
+    return mixing * penalty_l1(weight, bias) + (1 - mixing) * penalty_l21(weight, bias)
+
+
+@torch.no_grad()
+def prox_l0(weight: Tensor, threshold: Threshold, bias: Tensor | None = None) -> Result:
+    """Solves argmin_X ½‖X − W‖² + t·#{X_ij ≠ 0}: entries with |w| ≤ √(2t) become exactly 0.
+
+    The other entries do not change. At |w| = √(2t) both are solutions; this gives 0.
+    """
+    _check_tensors(weight, bias, by_row=False)
+    cut = (2 * _check_threshold(threshold, weight, by_row=False)) ** 0.5
+    return _map(lambda x: torch.where(x.abs() <= cut, 0.0, x), weight, bias)
+
+
+def penalty_l0(weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The number of entries that are not 0, a tensor without dimensions."""
+    return _sum(lambda x: (x != 0).to(x.dtype), weight, bias)
+
+
+@torch.no_grad()
+def prox_group_l0(weight: Tensor, threshold: Threshold, bias: Tensor | None = None) -> Result:
+    """Solves argmin_X ½‖X − W‖² + t·#{rows X_i ≠ 0}: rows with ‖W_i‖₂ ≤ √(2t) become exactly 0.
+
+    The other rows do not change. At ‖W_i‖₂ = √(2t) both are solutions; this gives 0.
+
+    Args:
+        weight: (rows, columns).
+        threshold: t, a number or one per row.
+        bias: (rows,), one more column of the groups.
+    """
+    norms = dual_norm_l21(weight, bias)
+    cut = (2 * _check_threshold(threshold, weight, by_row=True)) ** 0.5
+    scale = torch.where(norms.isnan(), norms, (norms > cut).to(norms.dtype))
+    return _split(_join(weight, bias) * scale.unsqueeze(1), weight, bias)
+
+
+def penalty_group_l0(weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The number of rows that are not zero, a tensor without dimensions."""
+    _check_tensors(weight, bias, by_row=True)
+    joined = _join(weight, bias)
+    return (joined != 0).any(1).to(joined.dtype).sum()
+
+
+@torch.no_grad()
+def prox_log_barrier(weight: Tensor, threshold: Threshold, bias: Tensor | None = None) -> Result:
+    """Solves argmin_X ½‖X − W‖² − t·Σ log X_ij: (w + √(w² + 4t))/2 for each entry, positive.
+
+    Makes nothing zero for t > 0. At t = 0 it is the projection on X ≥ 0, its limit.
+    """
+    _check_tensors(weight, bias, by_row=False)
+    t = _check_threshold(threshold, weight, by_row=False)
+
+    def barrier(x: Tensor) -> Tensor:
+        root = torch.hypot(x, torch.as_tensor(2 * t**0.5, dtype=x.dtype, device=x.device))
+        # For negative x, x + root would cancel.
+        return torch.where(x < 0, 2 * t / (root - x), (x + root) / 2)
+
+    return _map(barrier, weight, bias)
+
+
+def penalty_log_barrier(weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """−Σ log W_ij, a tensor without dimensions; inf if an entry is not positive."""
+    return _sum(lambda x: torch.where(x <= 0, math.inf, -x.log()), weight, bias)
+
+
+# --- projections ----------------------------------------------------------------------------------
+
+
+def _as_rows(x: Tensor, radius: Threshold) -> tuple[Tensor, Tensor]:
+    """The vectors as rows in the compute dtype, and a radius for each."""
+    _check_tensors(x, None, by_row=False)
+    if x.dim() not in (1, 2):
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be a vector or a matrix of rows")
+    rows = x.detach().reshape(-1, x.shape[-1]).to(_COMPUTE_DTYPE[x.dtype])
+    return rows, _per_row(_check_threshold(radius, rows, x.dim() == 2, name="radius"), rows)
+
+
+@torch.no_grad()
+def project_l1_ball(x: Tensor, radius: Threshold) -> Tensor:
+    """Solves argmin_y ‖y − x‖ subject to ‖y‖₁ ≤ radius, for a vector or each row of a matrix.
+
+    Args:
+        x: (n,) or (rows, n).
+        radius: A number ≥ 0, for a matrix also one per row.
+    """
+    rows, radius = _as_rows(x, radius)
+    levels = _linf_levels(rows.abs(), radius)
+    return _soft(rows, levels.unsqueeze(1)).to(x.dtype).reshape(x.shape)
+
+
+@torch.no_grad()
+def project_linf_ball(x: Tensor, radius: Threshold) -> Tensor:
+    """Solves argmin_y ‖y − x‖ subject to max |y_j| ≤ radius, for a vector or each row of a matrix.
+
+    Args:
+        x: (n,) or (rows, n).
+        radius: A number ≥ 0, for a matrix also one per row.
+    """
+    rows, radius = _as_rows(x, radius)
+    column = radius.unsqueeze(1)
+    return torch.clamp(rows, -column, column).to(x.dtype).reshape(x.shape)
+
+
+@torch.no_grad()
+def project_simplex(x: Tensor, radius: Threshold = 1.0) -> Tensor:
+    """Solves argmin_y ‖y − x‖ subject to y ≥ 0, Σ_j y_j = radius, for a vector or each row.
+
+    Args:
+        x: (n,) or (rows, n), n ≥ 1.
+        radius: A number ≥ 0, for a matrix also one per row.
+    """
+    rows, radius = _as_rows(x, radius)
+    if rows.shape[1] == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}; the simplex needs at least one entry")
+    levels = _newton_levels(rows, radius, _first_levels(rows, radius))
+    return (rows - levels.unsqueeze(1)).relu_().to(x.dtype).reshape(x.shape)
+
+
+# --- in a diagonal metric -------------------------------------------------------------------------
+
+
+def _join_metric(
+    weight: Tensor, metric: Tensor, bias: Tensor | None, bias_metric: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Weight and metric as matrices in the compute dtype, the bias's as last column."""
+    if metric.shape != weight.shape:
+        raise ValueError(
+            f"metric has shape {tuple(metric.shape)}; it must be the weight's, "
+            f"{tuple(weight.shape)}"
+        )
+    if (bias is None) != (bias_metric is None):
+        raise ValueError("bias and bias_metric must be given together or not at all")
+    if bias is not None and bias_metric.shape != bias.shape:
+        raise ValueError(
+            f"bias_metric has shape {tuple(bias_metric.shape)}; it must be the bias's, "
+            f"{tuple(bias.shape)}"
+        )
+    for name, values in (("metric", metric), ("bias_metric", bias_metric)):
+        if values is None:
+            continue
+        if not values.is_floating_point():
+            raise ValueError(f"{name} has dtype {values.dtype}; it must be floating")
+        if values.device.type == "cpu" and (values <= 0).any():
+            raise ValueError(f"{name} contains {values.min().item()}; every entry must be > 0")
+    dtype = _COMPUTE_DTYPE[weight.dtype]
+    metric = metric.to(weight.device, dtype)
+    bias_metric = None if bias_metric is None else bias_metric.to(weight.device, dtype)
+    joined_metric = metric if bias is None else torch.cat((metric, bias_metric.unsqueeze(1)), 1)
+    return _join(weight, bias), joined_metric
+
+
+@torch.no_grad()
+def prox_l1_diagonal(
+    weight: Tensor,
+    metric: Tensor,
+    threshold: Threshold,
+    bias: Tensor | None = None,
+    bias_metric: Tensor | None = None,
+) -> Result:
+    """Solves argmin_X ½ Σ d_ij·(X_ij − W_ij)² + t·Σ |X_ij|: `prox_l1` with threshold t/d_ij.
+
+    Args:
+        weight: (rows, columns).
+        metric: (rows, columns), d > 0; for Adam √v̂ + ε.
+        threshold: t, a number or one per row.
+        bias: (rows,).
+        bias_metric: (rows,), d of the bias.
+    """
+    _check_tensors(weight, bias, by_row=True)
+    w, d = _join_metric(weight, metric, bias, bias_metric)
+    t = _per_row(_check_threshold(threshold, weight, by_row=True), weight)
+    return _split(_soft(w, t.unsqueeze(1) / d), weight, bias)
+
+
+@torch.no_grad()
+def prox_l21_diagonal(
+    weight: Tensor,
+    metric: Tensor,
+    threshold: Threshold,
+    bias: Tensor | None = None,
+    bias_metric: Tensor | None = None,
+) -> Result:
+    """Solves argmin_X ½ Σ d_ij·(X_ij − W_ij)² + t·Σ_i ‖X_i‖₂.
+
+    x = w·s/(s + t/d), where s = ‖x‖ is the root of ‖w/(s + t/d)‖ = 1; a row with ‖d∘w‖₂ ≤ t comes
+    back exactly 0.
+
+    Args:
+        weight: (rows, columns).
+        metric: (rows, columns), d > 0; for Adam √v̂ + ε.
+        threshold: t, a number or one per row.
+        bias: (rows,), one more column of the groups.
+        bias_metric: (rows,), d of the bias.
+    """
+    _check_tensors(weight, bias, by_row=True)
+    w, d = _join_metric(weight, metric, bias, bias_metric)
+    t = _per_row(_check_threshold(threshold, weight, by_row=True), weight)
+    if w.shape[1] == 0:
+        return _split(w, weight, bias)
+    e = t.unsqueeze(1) / d
+    dual = torch.linalg.vector_norm(d * w, dim=1)
+    # Two lower bounds of s: the equation with the largest t/d, or with the largest d, everywhere.
+    norm = torch.linalg.vector_norm(w, dim=1)
+    s = torch.maximum(norm - e.amax(1), (dual - t) / d.amax(1))
+    eps = torch.finfo(s.dtype).eps
+    for _ in range(_MAX_NEWTON_STEPS):
+        # Newton on 1/‖w/(s + e)‖ = 1, whose left side is concave in s: from below without overshoot
+        shifted = s.unsqueeze(1) + e
+        q = w / shifted
+        size = torch.linalg.vector_norm(q, dim=1)
+        step = (size - 1) * size.square() / (q.square() / shifted).sum(1)
+        moving = step > eps * s
+        if not moving.any():
+            break
+        s = torch.where(moving, s + step, s)
+    s = torch.where(dual <= t, 0.0, s).unsqueeze(1)
+    scale = torch.where((e == 0) | (s == math.inf), 1.0, s / (s + e))
+    return _split(w * scale, weight, bias)
+
+
+@torch.no_grad()
+def prox_linf1_diagonal(
+    weight: Tensor,
+    metric: Tensor,
+    threshold: Threshold,
+    bias: Tensor | None = None,
+    bias_metric: Tensor | None = None,
+) -> Result:
+    """Solves argmin_X ½ Σ d_ij·(X_ij − W_ij)² + t·Σ_i max_j |X_ij|.
+
+    |x| = min(|w|, θ) with Σ_j d_j·(|w_j| − θ)₊ = t; a row with Σ_j d_j·|w_j| ≤ t comes back
+    exactly 0.
+
+    Args:
+        weight: (rows, columns).
+        metric: (rows, columns), d > 0; for Adam √v̂ + ε.
+        threshold: t, a number or one per row.
+        bias: (rows,), one more column of the groups.
+        bias_metric: (rows,), d of the bias.
+    """
+    _check_tensors(weight, bias, by_row=True)
+    w, d = _join_metric(weight, metric, bias, bias_metric)
+    t = _per_row(_check_threshold(threshold, weight, by_row=True), weight)
+    if w.shape[1] == 0:
+        return _split(w, weight, bias)
+    values = w.abs()
+    start = (values - t.unsqueeze(1) / d).amax(1).clamp_min_(0)
+    levels = _newton_levels(values, t, start, metric=d)
+    levels = torch.where((d * values).sum(1) <= t, 0.0, levels).unsqueeze(1)
+    return _split(torch.clamp(w, -levels, levels), weight, bias)
