@@ -190,6 +190,7 @@ def _check_archive(file: BinaryIO) -> tuple[bytes, dict[str, int]]:
         raise _Fault("the file is empty")
     if not head.startswith(b"PK"):
         raise _Fault(_describe_foreign(head))
+    # Exactly at the end, where zipfile and torch both look first: they must see one archive.
     file.seek(max(0, size - _END_OF_ZIP_SIZE))
     if not file.read().startswith(_END_OF_ZIP):
         raise _Fault("truncated or damaged: the zip archive has no end")

@@ -198,6 +198,12 @@ def test_every_truncation_is_noticed(path):
         refusal(path)
 
 
+def test_data_after_the_end_are_refused(path):
+    """Readers of zip archives disagree on where such a file ends, and so on what it holds."""
+    path.write_bytes(path.read_bytes() + b"more")
+    assert "the zip archive has no end" in refusal(path)
+
+
 def test_flipped_bits_are_noticed_or_harmless(path):
     data = path.read_bytes()
     chooser = random.Random(1)

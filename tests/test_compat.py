@@ -283,7 +283,7 @@ def test_train_resume_generate_and_interactive_with_bleu(corpus, run, tmp_path):
     user_dir = ("--user-dir", USER_DIR)
     train = (
         *("fairseq_cli.train", corpus, *user_dir, *TINY_MODEL, *TINY_TRAINING),
-        *("--save-dir", tmp_path, "--eval-bleu", "--eval-bleu-args", '{"beam": 1}'),
+        *("--save-dir", tmp_path, "--eval-bleu", "--eval-bleu-args", '{"beam": 1, "max_len_b": 8}'),
         *("--eval-bleu-detok", "space", "--best-checkpoint-metric", "bleu"),
         "--maximize-best-checkpoint-metric",
     )
