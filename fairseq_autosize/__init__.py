@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 from . import compat  # noqa: F401 - lets torch.load read fairseq's checkpoints weights-only
 
 _fairseq = importlib.util.find_spec("fairseq")
-if _fairseq is not None:
+if _fairseq is not None and _fairseq.origin is not None:  # a folder of that name is no fairseq
     # Once this package is in sys.modules, fairseq does not look for its tasks any more.
     from . import tasks  # noqa: F401
 

@@ -61,7 +61,7 @@ def train_options(run: str, args: argparse.Namespace) -> list[str]:
         *(f"--{side}-normalize-before" for side in sides),
     ]
     return [
-        *("--user-dir", str(USER_DIR), *prox),
+        *prox,
         *("--arch", "transformer", *model, "--share-all-embeddings"),
         *("--dropout", str(args.dropout)),
         *("--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1"),
@@ -133,6 +133,7 @@ def perform(run: str, data: Path, record: dict, args: argparse.Namespace) -> dic
     corpus = [str(data / "data-bin"), "--source-lang", source, "--target-lang", target]
     fairseq = [sys.executable, "-m"]
     cpu = [] if args.gpu else ["--cpu"]
+    corpus += ["--user-dir", str(USER_DIR)]
     train = [*fairseq, "fairseq_cli.train", *corpus, *options, *cpu, "--save-dir", str(folder)]
     logger.info("%s: training, log in %s", run, folder / "train.log")
     cpu_seconds, wall_seconds = execute(train, folder / "train.log")
@@ -152,7 +153,7 @@ def perform(run: str, data: Path, record: dict, args: argparse.Namespace) -> dic
     }
     for subset, split in record["generate_subsets"].items():
         log = folder / f"{split}.out"
-        generate = [*fairseq, "fairseq_cli.generate", *corpus, "--user-dir", str(USER_DIR)]
+        generate = [*fairseq, "fairseq_cli.generate", *corpus]
         generate += ["--path", str(checkpoint), "--gen-subset", subset, "--beam", "5", *cpu]
         generate += ["--required-batch-size-multiple", "1", *record["remove_bpe"]]
         execute([*generate, "--max-tokens", "4000"], log)
@@ -178,8 +179,8 @@ def uniform_width(result: dict) -> int:
 
 
 def table(results: list[dict]) -> str:
-    """A Markdown table of the runs on the first test set."""
-    dense = next((r for r in results if r["run"] == "dense"), results[0])
+    """A Markdown table of the runs on the first test set; times are ratios to the dense run's."""
+    dense = next((r for r in results if r["run"] == "dense"), None)
     split = next(iter(results[0]["scores"]))
     lines = [
         "| run | neurons alive, layer by layer | pruned | parameters left "
@@ -194,11 +195,11 @@ def table(results: list[dict]) -> str:
         total = count["ffn_neurons"]["total"]
         share = f"{100 * count['ffn_neurons']['pruned'] / total:.0f} %" if total else "no FFN"
         scores = result["scores"][split]
-        ratio = result["train_cpu_seconds"] / dense["train_cpu_seconds"]
+        ratio = f"{result['train_cpu_seconds'] / dense['train_cpu_seconds']:.2f}" if dense else "-"
         alive = " / ".join(" ".join(widths) for widths in sides.values())
         lines.append(
             f"| {result['run']} | {alive} | {share} | {count['parameters']['compact']:,} "
-            f"| {scores['BLEU']['score']:.1f} | {scores['chrF2']['score']:.1f} | {ratio:.2f} |"
+            f"| {scores['BLEU']['score']:.1f} | {scores['chrF2']['score']:.1f} | {ratio} |"
         )
     return "\n".join(lines)
 
@@ -245,7 +246,9 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(  # force: fairseq has set its own
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
+    )
     args = parse_args()
     record = json.loads((args.data / "prepare.json").read_text())
     failed = False
@@ -281,7 +284,11 @@ def main() -> int:
             "results": unique,
         }
         (args.out / "results.json").write_text(json.dumps(summary, indent=1) + "\n")
-        print(table(unique))
+        print(f"{table(unique)}\n")
+        for result in unique:
+            for split, scores in result["scores"].items():
+                for name, score in scores.items():
+                    print(f"{result['run']} {split} {name} {score['score']} {score['signature']}")
         print(f"\nall results: {args.out / 'results.json'}")
     return 1 if failed else 0
 

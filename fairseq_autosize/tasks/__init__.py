@@ -1,3 +1,7 @@
 """Tasks with auto-sizing. Importing the modules registers them with fairseq."""
 
-from . import language_modeling_autosize, translation_autosize  # noqa: F401
+from ..compat import require_fairseq
+
+require_fairseq()
+
+from . import language_modeling_autosize, translation_autosize  # noqa: E402, F401

@@ -1,0 +1,90 @@
+#!/usr/bin/env python3
+"""Write docs/options.md from the option block: python scripts/generate_options.py [--check]"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+from fairseq_autosize.config import AutosizeConfig
+
+PAGE = Path(__file__).parent.parent / "docs" / "options.md"
+
+HEAD = """\
+# Options
+
+*Generated from `fairseq_autosize/config.py` by `scripts/generate_options.py`; do not edit.*
+
+The options are added to the tasks `translation` and `language_modeling` (and to the same tasks
+under the names `translation_autosize` and `language_modeling_autosize`). On the command line a
+name is spelled with dashes, in YAML for `fairseq-hydra-train` with underscores under `task:`.
+`fairseq-train --user-dir fairseq_autosize --help` shows them too. A value that is not allowed
+ends the start with a message that names the flag, the value and what is allowed.
+
+| option | default | meaning |
+|---|---|---|
+"""
+
+TAIL = """
+`--no-prox-bias` switches `--prox-bias` off; in YAML it is `prox_bias: false`.
+
+## Which option for what
+
+| you want to | set |
+|---|---|
+| prune with the paper's l2,1 or linf,1 regulariser | `--prox l21` or `--prox linf1` |
+| fewer neurons, or more | a larger, or smaller, `--prox-strength`; by factors of 1.5, the window is narrow |
+| leave the decoder (or the encoder) alone | `--prox-groups encoder-ffn` (or `decoder-ffn`) |
+| let the model learn before anything shrinks | `--prox-start-update N` |
+| reproduce a ProxGradPytorch run with constant `lr` | `--prox-step-size 0.1`, its `reg` as `--prox-strength` |
+| keep the bias out of the groups | `--no-prox-bias` |
+| train exactly as without the package | `--prox none`, or no option at all |
+
+## With fairseq's own options
+
+- **Learning rate, warm-up, schedules.** The threshold of an update is λ times the learning rate of
+  that update, so warm-up and decay apply to the shrinking as well.
+- **`--update-freq`, gradient clipping.** One proximal step an update, after clipping and after the
+  optimizer's step. An update skipped for an fp16 overflow takes none.
+- **`--weight-decay`** shrinks all weights by a factor and kills nothing by itself; a dead neuron
+  stays dead under it.
+- **`--dropout`, `--activation-dropout`** are independent of the prox. **`--encoder-layerdrop`,
+  `--decoder-layerdrop`**: the layers that an update drops are shrunk all the same, since they
+  still belong to the model.
+- **`--activation-fn`** relu, relu_squared, gelu, gelu_accurate, tanh and linear map 0 to 0, so a zero row is a
+  silent neuron. Any activation that does not is refused by name. fairseq's own swish does not run
+  (it passes the class instead of a function) and is refused for that reason.
+- **`--fp16`, `--bf16`** (with fp32 master weights): the step acts on the masters. On a CPU,
+  `--fp16` needs `--fp16-no-flatten-grads`.
+- **Refused by name for now:** `--memory-efficient-fp16`, `--memory-efficient-bf16`, `--amp`,
+  `--use-bmuf`, `--tpu`, `--ddp-backend fully_sharded` and `slowmo`, `--zero-sharding os`,
+  pipeline and model parallelism, quantization and `--quant-noise-pq`.
+"""
+
+
+def page() -> str:
+    """The text of docs/options.md."""
+    rows = []
+    for field in dataclasses.fields(AutosizeConfig):
+        if field.name.startswith("_"):
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        default = "by operator" if field.default is None else f"`{field.default}`"
+        rows.append(f"| `{flag}` | {default} | {field.metadata['help']} |")
+    return HEAD + "\n".join(rows) + "\n" + TAIL
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="fail if the page is not up to date")
+    check = parser.parse_args().check
+    if not check:
+        PAGE.write_text(page(), encoding="utf-8")
+    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page():
+        print(f"{PAGE} is not up to date: run scripts/generate_options.py", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""The pages agree with the code, and the README's commands run."""
+
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_program
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_options_page_is_up_to_date():
+    generator = runpy.run_path(str(ROOT / "scripts" / "generate_options.py"))
+    assert (ROOT / "docs" / "options.md").read_text(encoding="utf-8") == generator["page"]()
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", text):
+        assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"
+
+
+def test_shell_scripts_parse():
+    for script in [*ROOT.glob("scripts/*.sh"), ROOT / ".ci" / "run"]:
+        subprocess.run(["bash", "-n", script], check=True)
+
+
+def readme_commands() -> list[str]:
+    """The commands of the README's section on a run of one's own, in order."""
+    section = README.split("## A run step by step")[1].split("\n## ")[0]
+    blocks = re.findall(r"```bash\n(.*?)```", section, re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+# The test's own changes: a shorter training, and the repository's scripts from another directory.
+SHORTER = (("--max-update 1000", "--max-update 30"), ("--log-interval 100", "--log-interval 10"))
+
+
+@pytest.mark.heavy
+def test_readme_commands_run(tmp_path):
+    commands = readme_commands()
+    assert len(commands) >= 5
+    programs = Path(sys.executable).parent
+    for command in commands:
+        for old, new in SHORTER:
+            command = command.replace(old, new)
+        command = command.replace("scripts/", f"{ROOT}/scripts/")
+        command = command.replace("--user-dir fairseq_autosize", f"--user-dir {ROOT}/fairseq_autosize")
+        result = subprocess.run(
+            ["bash", "-ec", f'set -o pipefail; export PATH="{programs}:$PATH"; {command}'],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, command + result.stdout[-2000:] + result.stderr[-4000:]
+    assert (tmp_path / "checkpoints" / "checkpoint_best.pt").is_file()
+    hypotheses = (tmp_path / "hypotheses.txt").read_text(encoding="utf-8").splitlines()
+    references = (tmp_path / "data/raw/test.en").read_text(encoding="utf-8").splitlines()
+    assert len(hypotheses) == len(references), "fairseq drops batches silently"
+
+
+@pytest.mark.heavy
+def test_experiment_resumes_and_refuses_other_settings(tmp_path):
+    data = tmp_path / "data"
+    options = ["--vocab-size", "400", "--train-lines", "300"]
+    script = ROOT / "scripts" / "prepare_data.py"
+    subprocess.run([sys.executable, script, "embedded", data, *options], check=True)
+    small = shlex.split("--dim 16 --ffn 16 --layers 1 --heads 2 --updates 8 --warmup 4")
+    experiment = [sys.executable, ROOT / "scripts" / "experiment.py", data, tmp_path / "out"]
+    command = [*experiment, *small, "--runs", "dense", "l21:30", "dense:0", "like:l21:30"]
+    first = subprocess.run(command, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    assert re.search(r"\| l21:30 \| \d+ / \d+ \| \d+ % \|", first.stdout)
+    assert re.search(r"dense test BLEU [\d.]+ nrefs:1\|", first.stdout)
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.stdout == first.stdout and "l21:30: done before" in again.stderr
+    other = subprocess.run([*command, "--seed", "2"], capture_output=True, text=True)
+    assert other.returncode == 1 and "is from other settings; choose another OUT" in other.stderr
+    wrong = subprocess.run([*experiment, "--runs", "l3"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "--runs l3: give dense" in wrong.stderr
+
+
+@pytest.mark.heavy
+def test_module_runs_as_a_program():
+    result = run_program("fairseq_autosize.cli", "--help")
+    assert result.returncode == 0 and "count" in result.stdout
