@@ -58,6 +58,7 @@ class Dataset(NamedTuple):
     url: str  # of one file, with the fields {split} (the name there) and {lang}
     splits: dict[str, str]  # our name of a split -> its name at the address
     noisy: bool
+    vocab_size: int = DEFAULT_VOCAB_SIZE
 
 
 MULTI30K_URL = (
@@ -72,7 +73,7 @@ MAFAND_URL = (
 )
 MAFAND_SPLITS = {"train": "train", "valid": "dev", "test": "test"}
 DATASETS = {
-    "embedded": Dataset(("xa", "en"), "", {}, noisy=False),
+    "embedded": Dataset(("xa", "en"), "", {}, noisy=False, vocab_size=1000),
     "multi30k-de-en": Dataset(("de", "en"), MULTI30K_URL, MULTI30K_SPLITS, noisy=False),
 }
 for _lang in ("hau", "ibo", "yor", "lug"):
@@ -398,7 +399,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--source-lang", metavar="CODE", help="language to translate from")
     add("--target-lang", metavar="CODE", help="language to translate into")
     add("--bpe", choices=list(SEGMENTERS), default="sentencepiece", help="%(default)s")
-    text = f"joint subwords, learned on the training set alone (default: {DEFAULT_VOCAB_SIZE})"
+    text = f"joint subwords, learned on train alone (default: {DEFAULT_VOCAB_SIZE}, embedded: 1000)"
     add("--vocab-size", type=int, metavar="N", help=text)
     add("--train-lines", type=int, metavar="N", help="use the first N after cleaning")
     add("--force", action="store_true", help="move what is in DEST to DEST.old-1 (-2, ...)")
@@ -437,7 +438,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if args.bpe == "none" and args.vocab_size:
         raise DataError("--vocab-size has no meaning with --bpe none")
     if args.bpe != "none":
-        args.vocab_size = args.vocab_size or DEFAULT_VOCAB_SIZE
+        args.vocab_size = args.vocab_size or (known.vocab_size if known else DEFAULT_VOCAB_SIZE)
     for rule, value in CLEANING.items():
         if getattr(args, rule) is None:
             setattr(args, rule, value if known and known.noisy else type(value)(0))
