@@ -54,7 +54,7 @@ _COMPUTE_DTYPE = {
 _MAX_NEWTON_STEPS = 100
 
 # linf,1 on the CPU: entries handled at a time, so that the work arrays stay in the cache, ...
-_CHUNK_ENTRIES = 1 << 19
+_CHUNK_ENTRIES = 1 << 20
 # ... and columns whose maximum stands for them in the first guess of a row's level.
 _BLOCK_WIDTH = 8
 
@@ -589,7 +589,7 @@ def _as_rows(x: Tensor, radius: Threshold) -> tuple[Tensor, Tensor]:
     _check_tensors(x, None, by_row=False)
     if x.dim() not in (1, 2):
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be a vector or a matrix of rows")
-    rows = x.detach().reshape(-1, x.shape[-1]).to(_COMPUTE_DTYPE[x.dtype])
+    rows = (x.detach() if x.dim() == 2 else x.detach().unsqueeze(0)).to(_COMPUTE_DTYPE[x.dtype])
     return rows, _per_row(_check_threshold(radius, rows, x.dim() == 2, name="radius"), rows)
 
 
