@@ -157,9 +157,6 @@ def _numpy_globals() -> list[SafeGlobal]:
         def __reduce__(self) -> tuple:
             return np.asarray(self).__reduce__()
 
-        def __reduce_ex__(self, protocol: int) -> tuple:
-            return np.asarray(self).__reduce_ex__(protocol)
-
     def reconstruct(cls: type, shape: tuple, code: bytes) -> np.ndarray:
         if cls is not NumericArray:
             raise pickle.UnpicklingError(f"cannot reconstruct a numpy array of type {cls!r}")
