@@ -114,12 +114,11 @@ def test_linf1_rows_below_the_threshold_are_exactly_zero():
 
 
 def test_linf1_at_tiny_thresholds():
-    """The original spreads t ≤ 1e-6 wrongly: it moves entries under the level."""
-    weight = [[2e-3, 1e-3, 5e-4]]
-    t = 1e-7
-    result = step("linf1", weight, reg=t, lr=1.0)
-    assert result[0][1:] == torch.tensor(weight)[0, 1:].tolist()
-    assert 2e-3 - result[0][0] == pytest.approx(t, rel=1e-2)
+    """The original takes only 2e-8 from each of the two maxima instead of t/2 = 1e-7."""
+    weight = [[0.04, 0.04, 0.01]]
+    result = step("linf1", weight, reg=2e-7, lr=1.0)
+    assert 0.04 - result[0][0] == pytest.approx(1e-7, rel=0.03)
+    assert result[0][1:] == [result[0][0], torch.tensor(0.01).item()]
 
 
 def test_linf1_in_float64():
