@@ -173,6 +173,7 @@ def test_objects_decide_verbs_and_subjects_decide_possessives(corpus):
         ("semel", ("lAk", "Um"), "semellekim"),
         ("kato", ("Um",), "katoyum"),
         ("kato", ("", "zA", "Um"), "katozayum"),
+        ("kepi", ("dA", "k"), "kepidek"),
         ("kato", (), "kato"),
     ],
 )
