@@ -59,6 +59,16 @@ def test_linf1_repeated_steps_equal_the_reference():
         np.testing.assert_allclose(joined((weight, vector)), before, atol=1e-13)
 
 
+@pytest.mark.parametrize("name", prox.OPERATORS)
+def test_rows_at_their_own_dual_norm_are_exactly_zero(name):
+    """Rows with few entries, where a level found by rounding could be a little above 0."""
+    weight = torch.randn(500, 128, generator=torch.Generator().manual_seed(0))
+    weight[:, 16:] = 0
+    operator = prox.OPERATORS[name]
+    operator.prox_(weight, operator.dual_norm(weight))
+    assert weight.eq(0).all()
+
+
 def test_linf1_over_several_chunks():
     weight = torch.randn(2300, 520, generator=torch.Generator().manual_seed(0))
     assert weight.numel() > prox._CHUNK_ENTRIES

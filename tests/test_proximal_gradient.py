@@ -64,6 +64,10 @@ def test_storage_strides_and_dtype_are_kept(name, dtype):
     assert optimizer.param_groups[0]["params"][0] is weight
     assert (base[:, ::2] != 1).any()  # a view of the same storage sees the step
     assert (base[:, 1::2] == 1).all()
+    values, pointer = weight.tolist(), weight.data_ptr()
+    getattr(pg, name)(weight, reg=2.0)
+    assert (weight.data_ptr(), weight.dtype) == (pointer, dtype)
+    assert weight.tolist() != values
 
 
 def test_l1_and_elasticnet_reach_zero_and_keep_signs():
