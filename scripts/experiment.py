@@ -27,6 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import sacrebleu
+from prepare_data import REMOVE_BPE
 
 import fairseq_autosize
 from fairseq_autosize.checkpoint import read_checkpoint
@@ -128,6 +129,7 @@ def perform(run: str, data: Path, record: dict, args: argparse.Namespace) -> dic
             raise ExperimentError(f"{result_file} is from other settings; choose another OUT")
         logger.info("%s: done before", run)
         return result
+    subsets, remove_bpe = record["gen_subsets"], shlex.split(REMOVE_BPE[record["bpe"]])
     folder.mkdir(parents=True, exist_ok=True)
     source, target = record["languages"]
     corpus = [str(data / "data-bin"), "--source-lang", source, "--target-lang", target]
@@ -135,8 +137,16 @@ def perform(run: str, data: Path, record: dict, args: argparse.Namespace) -> dic
     cpu = [] if args.gpu else ["--cpu"]
     corpus += ["--user-dir", str(USER_DIR)]
     train = [*fairseq, "fairseq_cli.train", *corpus, *options, *cpu, "--save-dir", str(folder)]
-    logger.info("%s: training, log in %s", run, folder / "train.log")
-    cpu_seconds, wall_seconds = execute(train, folder / "train.log")
+    trained = folder / "trained.json"  # so that a failure in scoring costs no second training
+    if not trained.exists():
+        logger.info("%s: training, log in %s", run, folder / "train.log")
+        cpu_seconds, wall_seconds = execute(train, folder / "train.log")
+        times = {"train_cpu_seconds": round(cpu_seconds, 1)}
+        times["train_wall_seconds"] = round(wall_seconds, 1)
+        trained.write_text(json.dumps({"options": options, "times": times}))
+    training = json.loads(trained.read_text())
+    if training["options"] != options:
+        raise ExperimentError(f"{trained} is from other settings; choose another OUT")
 
     checkpoint = folder / "checkpoint_last.pt"
     count = count_neurons(read_checkpoint(checkpoint))
@@ -145,17 +155,16 @@ def perform(run: str, data: Path, record: dict, args: argparse.Namespace) -> dic
         "options": options,
         "seed": args.seed,
         "updates": args.updates,
-        "train_cpu_seconds": round(cpu_seconds, 1),
-        "train_wall_seconds": round(wall_seconds, 1),
+        **training["times"],
         "neurons": count,
         "history": history(folder / "train.log"),
         "scores": {},
     }
-    for subset, split in record["generate_subsets"].items():
+    for subset, split in subsets.items():
         log = folder / f"{split}.out"
         generate = [*fairseq, "fairseq_cli.generate", *corpus]
         generate += ["--path", str(checkpoint), "--gen-subset", subset, "--beam", "5", *cpu]
-        generate += ["--required-batch-size-multiple", "1", *record["remove_bpe"]]
+        generate += ["--required-batch-size-multiple", "1", *remove_bpe]
         execute([*generate, "--max-tokens", "4000"], log)
         lines = hypotheses(log)
         references = (data / "raw" / f"{split}.{target}").read_text(encoding="utf-8").splitlines()
@@ -258,9 +267,10 @@ def main() -> int:
         nonlocal failed
         try:
             results[run] = perform(run, args.data, record, args)
-        except (ExperimentError, OSError, ValueError) as error:
+        except Exception as error:  # one run's failure must not take the others with it
             failed = True
-            logger.error("%s: failed: %s", run, error)
+            known = isinstance(error, ExperimentError | OSError)
+            logger.error("%s: failed: %s", run, error, exc_info=not known)
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(attempt, [run for run in args.runs if not run.startswith("like:")]))

@@ -33,10 +33,10 @@ TAIL = """
 | you want to | set |
 |---|---|
 | prune with the paper's l2,1 or linf,1 regulariser | `--prox l21` or `--prox linf1` |
-| fewer neurons, or more | a larger, or smaller, `--prox-strength`; by factors of 1.5, the window is narrow |
+| fewer neurons, or more | `--prox-strength`, larger or smaller; by factors of 1.5 at most |
 | leave the decoder (or the encoder) alone | `--prox-groups encoder-ffn` (or `decoder-ffn`) |
 | let the model learn before anything shrinks | `--prox-start-update N` |
-| reproduce a ProxGradPytorch run with constant `lr` | `--prox-step-size 0.1`, its `reg` as `--prox-strength` |
+| repeat a ProxGradPytorch run | `--prox-step-size` its `lr`, `--prox-strength` its `reg` |
 | keep the bias out of the groups | `--no-prox-bias` |
 | train exactly as without the package | `--prox none`, or no option at all |
 
@@ -51,9 +51,9 @@ TAIL = """
 - **`--dropout`, `--activation-dropout`** are independent of the prox. **`--encoder-layerdrop`,
   `--decoder-layerdrop`**: the layers that an update drops are shrunk all the same, since they
   still belong to the model.
-- **`--activation-fn`** relu, relu_squared, gelu, gelu_accurate, tanh and linear map 0 to 0, so a zero row is a
-  silent neuron. Any activation that does not is refused by name. fairseq's own swish does not run
-  (it passes the class instead of a function) and is refused for that reason.
+- **`--activation-fn`** relu, relu_squared, gelu, gelu_accurate, tanh and linear map 0 to 0, so a
+  zero row is a silent neuron. Any activation that does not is refused by name. fairseq's own
+  swish does not run (it passes the class instead of a function) and is refused for that reason.
 - **`--fp16`, `--bf16`** (with fp32 master weights): the step acts on the masters. On a CPU,
   `--fp16` needs `--fp16-no-flatten-grads`.
 - **Refused by name for now:** `--memory-efficient-fp16`, `--memory-efficient-bf16`, `--amp`,

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_program
+from conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -51,7 +51,9 @@ def test_readme_commands_run(tmp_path):
         for old, new in SHORTER:
             command = command.replace(old, new)
         command = command.replace("scripts/", f"{ROOT}/scripts/")
-        command = command.replace("--user-dir fairseq_autosize", f"--user-dir {ROOT}/fairseq_autosize")
+        command = command.replace(
+            "--user-dir fairseq_autosize", f"--user-dir {ROOT}/fairseq_autosize"
+        )
         result = subprocess.run(
             ["bash", "-ec", f'set -o pipefail; export PATH="{programs}:$PATH"; {command}'],
             cwd=tmp_path,
@@ -84,9 +86,3 @@ def test_experiment_resumes_and_refuses_other_settings(tmp_path):
     assert other.returncode == 1 and "is from other settings; choose another OUT" in other.stderr
     wrong = subprocess.run([*experiment, "--runs", "l3"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "--runs l3: give dense" in wrong.stderr
-
-
-@pytest.mark.heavy
-def test_module_runs_as_a_program():
-    result = run_program("fairseq_autosize.cli", "--help")
-    assert result.returncode == 0 and "count" in result.stdout

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import fairseq
 import pytest
-from conftest import ROOT, TINY_MODEL, TINY_TRAINING, Runner
+from conftest import ROOT, TINY_MODEL, TINY_TRAINING
 
 pytestmark = pytest.mark.heavy
 

@@ -68,6 +68,24 @@ class AutosizeMixin(FairseqTask):
             feed_forward_in_model(model, self.settings.groups)  # refuses before data is loaded
         return model
 
+    def get_batch_iterator(self, dataset: Any, **options: Any) -> Any:
+        """As fairseq's, but a resumed run gets the batches that the interrupted one had.
+
+        fairseq composes the batches once a process, with a seed made of --seed and the epoch in
+        which the process starts, and reuses them in all later epochs. A run resumed in its second
+        epoch would therefore go on with other batches than it began with.
+        """
+        epoch = options.get("epoch", 1)
+        kept = self.can_reuse_epoch_itr(dataset) and not (
+            options.get("disable_iterator_cache") or options.get("update_epoch_batch_itr")
+        )
+        resumed = epoch > 1 and kept and dataset not in self.dataset_to_epoch_iter
+        if self.settings.prox == "none" or not resumed:
+            return super().get_batch_iterator(dataset, **options)
+        iterator = super().get_batch_iterator(dataset, **{**options, "epoch": 1})
+        iterator.epoch = epoch
+        return iterator
+
     def optimizer_step(
         self, optimizer: FairseqOptimizer, model: nn.Module, update_num: int
     ) -> None:

@@ -1,0 +1,96 @@
+#!/usr/bin/env python3
+"""Put the tables and figures of docs/results/*.json into docs/results.md.
+
+    python scripts/render_results.py [--check]
+
+Each JSON file is the results.json of one scripts/experiment.py. Its table replaces what stands in
+the page between `<!-- table NAME -->` and `<!-- end -->`; NAME is the file's name without `.json`.
+The figure NAME.png shows the neurons alive over the updates. --check writes nothing and fails if
+a table on the page is not up to date.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from experiment import table
+
+PAGE = Path(__file__).parent.parent / "docs" / "results.md"
+
+
+def section(path: Path) -> str:
+    """The Markdown between the markers for one file of results."""
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    results, machine = summary["results"], summary["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+    signatures = {
+        score["signature"] for result in results for score in result["scores"]["test"].values()
+    }
+    settings = sorted({(result["updates"], result["seed"]) for result in results})
+    return "\n".join(
+        [
+            table(results),
+            "",
+            *(f"- {updates:,} updates, seed {seed}." for updates, seed in settings),
+            f"- `{summary['data']['command']}`",
+            f"- `{summary['command']}`",
+            f"- {machine['processor']}, {machine['jobs']} runs side by side with one thread each. "
+            f"{versions}.",
+            *(f"- sacreBLEU `{signature}`" for signature in sorted(signatures)),
+        ]
+    )
+
+
+def page(text: str) -> str:
+    """The page with every table replaced; a marker without a file of results is an error."""
+
+    def replace(match: re.Match) -> str:
+        path = PAGE.parent / "results" / f"{match[1]}.json"
+        return f"<!-- table {match[1]} -->\n{section(path)}\n<!-- end -->"
+
+    return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", replace, text, flags=re.S)
+
+
+def draw(path: Path) -> None:
+    """Draw the neurons alive over the updates of the auto-sized runs."""
+    from matplotlib import pyplot
+
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
+    for result in summary["results"]:
+        counted = [p for p in result["history"] if "neurons_alive" in p]
+        if not counted:
+            continue
+        points = sorted((p["update"], p["neurons_alive"]) for p in counted)
+        kind = result["run"].partition(":")[0]
+        style = {"l21": "-", "linf1": "--"}[kind]
+        axes.plot(*zip(*points, strict=True), style, label=result["run"])
+    axes.set(xlabel="updates", ylabel="neurons alive", ylim=(0, None), title=path.stem)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize="small", ncols=2)
+    figure.savefig(path.with_suffix(".png"), dpi=120)
+    pyplot.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="only check the tables on the page")
+    check = parser.parse_args().check
+    old = PAGE.read_text(encoding="utf-8")
+    new = page(old)
+    if check and new != old:
+        print(f"{PAGE} is not up to date: run scripts/render_results.py", file=sys.stderr)
+        return 1
+    if not check:
+        PAGE.write_text(new, encoding="utf-8")
+        for path in sorted((PAGE.parent / "results").glob("*.json")):
+            draw(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
