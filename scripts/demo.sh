@@ -8,7 +8,7 @@
 # --data     a name that scripts/prepare_data.py knows (default: embedded)
 # --source   folder or address of that data (default: its public address)
 # --out      where everything goes (default: runs/demo-NAME; a finished demo is not repeated)
-# --updates  updates of each model (default: 600; real pairs: 1440)
+# --updates  updates of each model (default: 800; real pairs: 1440)
 # --prox     l21 (default) or linf1; with :STRENGTH to set it, such as l21:1.5
 set -euo pipefail
 
@@ -35,7 +35,7 @@ while [[ $# -gt 0 ]]; do
 done
 out=${out:-$root/runs/demo-$data}
 if [[ $data == embedded ]]; then
-    recipe=(--updates "${updates:-600}" --warmup 200 --max-tokens 2000)
+    recipe=(--updates "${updates:-800}" --layers 2 --warmup 200)
 else
     recipe=(--updates "${updates:-1440}")
 fi

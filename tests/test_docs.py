@@ -39,7 +39,7 @@ def readme_commands() -> list[str]:
 
 
 # The test's own changes: a shorter training, and the repository's scripts from another directory.
-SHORTER = (("--max-update 1000", "--max-update 30"), ("--log-interval 100", "--log-interval 10"))
+SHORTER = (("--max-update 800", "--max-update 30"), ("--log-interval 100", "--log-interval 10"))
 
 
 @pytest.mark.heavy

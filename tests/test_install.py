@@ -69,16 +69,16 @@ def python(code: str, path: Path, cwd: Path) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def without_fairseq(tmp_path: Path) -> str:
-    """Code to put first: a finder that hides fairseq from the imports of a process."""
+    """Code to put first: it hides fairseq from the imports of a process."""
     return (
-        "import sys, importlib.machinery\n"
-        "class Hide(importlib.machinery.PathFinder):\n"
-        "    @classmethod\n"
-        "    def find_spec(cls, name, path=None, target=None):\n"
+        "import sys\n"
+        "class Hide:\n"
+        "    def __init__(self, finder): self.finder = finder\n"
+        "    def __getattr__(self, name): return getattr(self.finder, name)\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
         "        if name.partition('.')[0] in ('fairseq', 'fairseq_cli'): return None\n"
-        "        return super().find_spec(name, path, target)\n"
-        "sys.meta_path = [f for f in sys.meta_path if f.__name__ != 'PathFinder'\n"
-        "                 and 'ditable' not in f.__name__] + [Hide]\n"
+        "        return self.finder.find_spec(name, path, target)\n"
+        "sys.meta_path = [Hide(finder) for finder in sys.meta_path]\n"
     )
 
 
