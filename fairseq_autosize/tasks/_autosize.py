@@ -14,7 +14,7 @@ from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY, FairseqTask, r
 from hydra.core.config_store import ConfigStore
 from torch import nn
 
-from ..config import ConfigError, Settings, add_bias_flags, check_training_mode
+from ..config import AutosizeConfig, ConfigError, Settings, add_bias_flags, check_training_mode
 from ..groups import FeedForward, dead_neurons, feed_forward_in_model
 from ..prox import OPERATORS
 from ..proximal_optimizer import ProximalOptimizer
@@ -25,6 +25,10 @@ logger = logging.getLogger(__name__)
 
 # How far ahead the learning rate is followed where --max-update sets no end.
 HORIZON = 100_000
+
+# Schedules that follow from the update's number alone. Others wait for validation losses or belong
+# to another optimizer, and --lr with several values changes by epoch: no forecast there.
+PLANNED_SCHEDULES = ("fixed", "inverse_sqrt", "cosine", "polynomial_decay", "tri_stage")
 
 
 class AutosizeMixin(FairseqTask):
@@ -62,10 +66,14 @@ class AutosizeMixin(FairseqTask):
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> nn.Module:
         model = super().build_model(cfg, from_checkpoint)
-        if self.settings.prox != "none" and not from_checkpoint:
+        if from_checkpoint:
+            return model
+        if self.settings.prox != "none":
             if self._whole_config is not None:
                 check_training_mode(self._whole_config)
             feed_forward_in_model(model, self.settings.groups)  # refuses before data is loaded
+        elif self.settings.strength is not None:
+            logger.warning("--prox-strength has no effect: --prox is none")
         return model
 
     def get_batch_iterator(self, dataset: Any, **options: Any) -> Any:
@@ -113,6 +121,10 @@ class AutosizeMixin(FairseqTask):
     ) -> ProximalOptimizer:
         settings = self.settings
         self._layers = feed_forward_in_model(_unwrap(model), settings.groups)
+        if not any(layer.fc1_weight.numel() for layer in self._layers):
+            raise ConfigError(
+                f"--prox {settings.prox}: the feed-forward layers have no neurons to shrink"
+            )
         columns = self._layers[0].fc1_weight.shape[1] + int(settings.bias)
         self._strength = (
             default_strength(settings.prox, columns)
@@ -171,7 +183,7 @@ class AutosizeMixin(FairseqTask):
         if rates is None:
             return (
                 f"{described}; a neuron without gradient dies once strength * (sum of the learning "
-                "rates) exceeds its norm; when, depends on the validation results here"
+                "rates) exceeds its norm; this schedule does not tell beforehand when"
             )
         thresholds = [
             proximal.strength * rate if update >= self.settings.start_update else 0.0
@@ -196,8 +208,9 @@ class AutosizeMixin(FairseqTask):
         horizon = (root.optimization.max_update if root is not None else 0) or HORIZON
         if self.settings.step_size is not None:
             return itertools.repeat(self.settings.step_size, horizon)
-        # reduce_lr_on_plateau waits for validation losses, pass_through for another optimizer.
-        if root is None or root.lr_scheduler._name in ("reduce_lr_on_plateau", "pass_through"):
+        if root is None or root.lr_scheduler._name not in PLANNED_SCHEDULES:
+            return None
+        if len(root.optimization.lr) > 1:
             return None
         probe = _LearningRateProbe(None)
         scheduler = build_lr_scheduler(root.lr_scheduler, probe)
@@ -208,7 +221,7 @@ class AutosizeMixin(FairseqTask):
         task, root = self._task_config, self._whole_config
         return signature(
             {
-                **{name: getattr(task, name) for name in task if name.startswith("prox")},
+                **{name: getattr(task, name) for name in AutosizeConfig.__dataclass_fields__},
                 "prox_strength": self._strength,
                 "seed": None if root is None else root.common.seed,
             }
