@@ -18,8 +18,8 @@ HEAD = """\
 The options are added to the tasks `translation` and `language_modeling` (and to the same tasks
 under the names `translation_autosize` and `language_modeling_autosize`). On the command line a
 name is spelled with dashes, in YAML for `fairseq-hydra-train` with underscores under `task:`.
-`fairseq-train --user-dir fairseq_autosize --help` shows them too. A value that is not allowed
-ends the start with a message that names the flag, the value and what is allowed.
+(`fairseq-train --help` never shows the options of a task, so neither these.) A value that is not
+allowed ends the start with a message that names the flag, the value and what is allowed.
 
 | option | default | meaning |
 |---|---|---|
