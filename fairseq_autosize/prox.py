@@ -53,10 +53,11 @@ _COMPUTE_DTYPE = {
 # of the residual), so 16384 columns in float64 need at most 14 + 14 + 52 steps; 2 to 6 are usual.
 _MAX_NEWTON_STEPS = 100
 
-# linf,1 on the CPU: entries handled at a time, so that the work arrays stay in the cache, ...
+# linf,1 on the CPU: entries handled at a time, about, so that the work arrays stay in the cache.
 _CHUNK_ENTRIES = 1 << 20
-# ... and columns whose maximum stands for them in the first guess of a row's level.
+# For the first guess of a row's level: columns whose maximum stands for them, and Newton steps.
 _BLOCK_WIDTH = 8
+_FIRST_STEPS = 2
 
 
 # --- arguments ------------------------------------------------------------------------------------
@@ -191,32 +192,33 @@ def prox_l21_(weight: Tensor, threshold: Threshold, bias: Tensor | None = None) 
         bias.mul_(scale)
 
 
-def _first_levels(values: Tensor, t: Tensor) -> Tensor:
-    """A lower bound, mostly close, for the levels that `_newton_levels` finds, from block maxima.
+def _first_levels(values: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower bounds, mostly close, for the levels that `_newton_levels` finds; the last slopes.
 
-    For any k entries of a row (their sum − t)/k is a lower bound. It is tried for nested sets of
-    maxima, each half of the set before; two Newton steps on the largest set follow.
+    Newton's method on the maxima of blocks of columns, which leave out little if little is above
+    the level. It starts at the level for values spread evenly from 0 to the maximum. Where that is
+    too high the first step leads below the level, because the residual is convex.
     """
-    blocks = values.shape[1] // _BLOCK_WIDTH
+    columns = values.shape[1]
+    blocks = columns // (32 * _BLOCK_WIDTH) * 32  # amax over strides is slow for other numbers
+    if blocks:
+        covered = blocks * _BLOCK_WIDTH
+        peaks = values[:, :covered].unflatten(1, (_BLOCK_WIDTH, blocks)).amax(1)
+        values = torch.cat((peaks, values[:, covered:]), 1)
     top = values.amax(1)
-    levels = top - t
-    if blocks < 2:
-        return levels
-    peaks = values[:, : blocks * _BLOCK_WIDTH].unflatten(1, (_BLOCK_WIDTH, blocks)).amax(1)
-    gaps = top.unsqueeze(1) - peaks  # their sums do not overflow where sums of entries would
-    while (count := gaps.shape[1]) >= _BLOCK_WIDTH:
-        levels = torch.maximum(levels, top - (gaps.sum(1) + t).div_(count))
-        half = count // 2
-        gaps = torch.minimum(gaps[:, :half], gaps[:, half : 2 * half])
-    for _ in range(2):
-        excess = (peaks - levels.unsqueeze(1)).relu_()
-        residual = excess.sum(1).sub_(t).clamp_min_(0)
-        levels = levels + residual.div_(excess.sign_().sum(1).clamp_min_(1))
-    return torch.where(top.isfinite(), levels, top)
+    bound = top - t  # what cutting the maximum alone gives
+    # fmax takes the number if the other is NaN: from inf - inf, 0/0, the root of a negative top.
+    levels = torch.fmax(bound, top - (top * t).mul_(2 / columns).sqrt_())
+    for _ in range(_FIRST_STEPS):
+        excess = torch.sub(values, levels.unsqueeze(1)).relu_()
+        residual = excess.sum(1).sub_(t)
+        slope = excess.sign_().sum(1)
+        levels = torch.fmax(bound, torch.addcdiv(levels, residual, slope))
+    return levels, slope
 
 
 def _newton_levels(
-    values: Tensor, t: Tensor, start: Tensor, metric: Tensor | None = None
+    excess: Tensor, t: Tensor, start: Tensor, slope: Tensor, metric: Tensor | None = None
 ) -> Tensor:
     """Solves Σ_j d_j·(v_j − θ)₊ = t for θ in each row.
 
@@ -224,46 +226,53 @@ def _newton_levels(
     ends exactly once the set of entries above θ no longer changes.
 
     Args:
-        values: (rows, columns).
+        excess: (rows, columns), (v − start)₊; overwritten.
         t: (rows,), right sides.
         start: (rows,), at most the solution; a row that starts above it, at inf or at NaN stays.
+        slope: (rows,), the Σ_j d_j over v_j > θ in the step that led to start, or less.
         metric: (rows, columns), the d_j > 0; None for 1.
 
     Returns:
         (rows,).
     """
-    eps = torch.finfo(values.dtype).eps
+    eps = torch.finfo(excess.dtype).eps
     levels = current = start
-    slope = torch.ones_like(t) if metric is None else metric.amin(1)
-    scratch = torch.empty_like(values)
     rows = None  # those still moving; None for all
     for _ in range(_MAX_NEWTON_STEPS):
-        excess = torch.sub(values, current.unsqueeze(1), out=scratch[: len(values)]).relu_()
-        active = excess if metric is None else excess * metric
-        residual = active.sum(1).sub_(t)
+        total = (excess if metric is None else excess * metric).sum(1)
         # A step below the last digit of θ ends a row; the slope before is at least the one now.
-        moving = (residual > eps * slope * current.abs()).nonzero().squeeze(1)
+        moving = (total > torch.addcmul(t, slope, current.abs(), value=eps)).nonzero().squeeze(1)
         if len(moving) == 0:
             break
-        if 2 * len(moving) < len(values):  # else copying costs more than it saves
+        if 2 * len(moving) < len(excess):  # else copying costs more than it saves
             rows = moving if rows is None else rows[moving]
-            values, excess = values.index_select(0, moving), excess.index_select(0, moving)
+            excess = excess.index_select(0, moving)
             metric = None if metric is None else metric.index_select(0, moving)
-            t, current, residual = t[moving], current[moving], residual[moving]
-        active = excess.sign_() if metric is None else excess.sign_().mul_(metric)
-        slope = active.sum(1)
-        step = residual.div_(slope)
-        current = torch.where(step > 0, current + step, current)
+            t, current, total = t[moving], current[moving], total[moving]
+        slope = (excess.sign() if metric is None else excess.sign().mul_(metric)).sum(1)
+        last = current
+        current = torch.fmax(last, torch.addcdiv(last, total - t, slope))
+        excess.sub_((current - last).unsqueeze(1)).relu_()
         levels = current if rows is None else levels.index_copy(0, rows, current)
     return levels
 
 
 def _linf_levels(values: Tensor, t: Tensor) -> Tensor:
-    """The level θ at which `prox_linf1` cuts each row of absolute values; 0 for a zero row."""
-    if values.shape[1] == 0:
+    """The level θ at which `prox_linf1` cuts each row of absolute values; 0 for a zero row.
+
+    Overwrites ``values``.
+    """
+    columns = values.shape[1]
+    if columns == 0:
         return values.new_zeros(len(values))
-    levels = _newton_levels(values, t, _first_levels(values, t).clamp_min_(0))
-    return torch.where(values.sum(1) <= t, 0.0, levels)
+    start, slope = _first_levels(values, t)
+    start.clamp_min_(0)
+    # The sum decides, but it is needed only if a level could be 0, up to rounding.
+    dead = start <= 8 * columns * torch.finfo(values.dtype).eps * t
+    if dead.any():
+        dead = values.sum(1) <= t
+    excess = values.sub_(start.unsqueeze(1)).relu_()
+    return _newton_levels(excess, t, start, slope).masked_fill(dead, 0.0)
 
 
 @torch.no_grad()
@@ -273,7 +282,8 @@ def prox_linf1_(weight: Tensor, threshold: Threshold, bias: Tensor | None = None
     thresholds = _per_row(_check_threshold(threshold, weight, by_row=True), weight)
     rows, columns = weight.shape
     width = columns + (bias is not None)
-    chunk = max(1, rows if weight.device.type != "cpu" else _CHUNK_ENTRIES // max(1, width))
+    chunks = 1 if weight.device.type != "cpu" else max(1, round(rows * width / _CHUNK_ENTRIES))
+    chunk = max(1, math.ceil(rows / chunks))
     work = torch.empty(min(rows, chunk), width, dtype=thresholds.dtype, device=weight.device)
     for first in range(0, rows, chunk):
         part = slice(first, first + chunk)
@@ -630,7 +640,9 @@ def project_simplex(x: Tensor, radius: Threshold = 1.0) -> Tensor:
     rows, radius = _as_rows(x, radius)
     if rows.shape[1] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}; the simplex needs at least one entry")
-    levels = _newton_levels(rows, radius, _first_levels(rows, radius))
+    start, slope = _first_levels(rows, radius)
+    excess = (rows - start.unsqueeze(1)).relu_()
+    levels = _newton_levels(excess, radius, start, slope)
     return (rows - levels.unsqueeze(1)).relu_().to(x.dtype).reshape(x.shape)
 
 
@@ -763,6 +775,7 @@ def prox_linf1_diagonal(
         return _split(w, weight, bias)
     values = w.abs()
     start = (values - t.unsqueeze(1) / d).amax(1).clamp_min_(0)
-    levels = _newton_levels(values, t, start, metric=d)
+    excess = (values - start.unsqueeze(1)).relu_()
+    levels = _newton_levels(excess, t, start, d.amin(1), metric=d)
     levels = torch.where((d * values).sum(1) <= t, 0.0, levels).unsqueeze(1)
     return _split(torch.clamp(w, -levels, levels), weight, bias)
