@@ -191,15 +191,14 @@ def time_training(name: str, model: torch.nn.Module, tokens: int, words: int, ro
     }
 
 
-def part_training(rounds: int) -> list[dict]:
-    return [
-        time_training(
-            "d=128, 3+3 layers", build_model(3, 128, 512, 4, 4000), 1000, 4000, 2 * rounds
-        ),
-        time_training(
-            "transformer_iwslt_de_en", build_model(6, 512, 1024, 4, 10000), 4096, 10000, rounds
-        ),
-    ]
+def part_training_small(rounds: int) -> list[dict]:
+    model = build_model(layers=3, width=128, ffn=512, heads=4, words=4000)
+    return [time_training("d=128, 3+3 layers", model, 1000, 4000, 2 * rounds)]
+
+
+def part_training_iwslt(rounds: int) -> list[dict]:
+    model = build_model(layers=6, width=512, ffn=1024, heads=4, words=10000)
+    return [time_training("transformer_iwslt_de_en", model, 4096, 10000, rounds)]
 
 
 def cpu_name() -> str:
@@ -225,7 +224,7 @@ def print_table(rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parts = ["cases", "scaling", "training"]
+    parts = ["cases", "scaling", "training-small", "training-iwslt"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each timing (default 5)")
     parser.add_argument(
@@ -253,7 +252,8 @@ def main() -> None:
     runs = {
         "cases": lambda: part_cases(arguments.rounds, arguments.seed_rounds),
         "scaling": lambda: part_scaling(arguments.rounds),
-        "training": lambda: part_training(arguments.rounds),
+        "training-small": lambda: part_training_small(arguments.rounds),
+        "training-iwslt": lambda: part_training_iwslt(arguments.rounds),
     }
     for part in arguments.parts:
         results[part] = runs[part]()
