@@ -187,6 +187,14 @@ def uniform_width(result: dict) -> int:
     return round(sum(layer["alive"] for layer in layers) / len(layers))
 
 
+def by_kind_and_value(result: dict) -> tuple[str, float]:
+    """Sort key: dense models from wide to none, then each operator from weak to strong."""
+    kind, _, value = result["run"].partition(":")
+    if kind == "dense":
+        return kind, -float(value or "inf")
+    return kind, float(value or 0)
+
+
 def table(results: list[dict]) -> str:
     """A Markdown table of the runs on the first test set; times are ratios to the dense run's."""
     dense = next((r for r in results if r["run"] == "dense"), None)
@@ -196,7 +204,7 @@ def table(results: list[dict]) -> str:
         f"| BLEU ({split}) | chrF | training time |",
         "|---|---|---|---|---|---|---|",
     ]
-    for result in results:
+    for result in sorted(results, key=by_kind_and_value):
         count = result["neurons"]
         sides: dict[str, list[str]] = {}
         for layer in count["layers"]:

@@ -11,11 +11,12 @@ a table on the page is not up to date.
 
 import argparse
 import json
+import logging
 import re
 import sys
 from pathlib import Path
 
-from experiment import table
+from experiment import by_kind_and_value, table
 
 PAGE = Path(__file__).parent.parent / "docs" / "results.md"
 
@@ -34,7 +35,7 @@ def section(path: Path) -> str:
             table(results),
             "",
             *(f"- {updates:,} updates, seed {seed}." for updates, seed in settings),
-            f"- `{summary['data']['command']}`",
+            f"- `python scripts/prepare_data.py {summary['data']['command']}`",
             f"- `{summary['command']}`",
             f"- {machine['processor']}, {machine['jobs']} runs side by side with one thread each. "
             f"{versions}.",
@@ -59,7 +60,7 @@ def draw(path: Path) -> None:
 
     summary = json.loads(path.read_text(encoding="utf-8"))
     figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
-    for result in summary["results"]:
+    for result in sorted(summary["results"], key=by_kind_and_value):
         counted = [p for p in result["history"] if "neurons_alive" in p]
         if not counted:
             continue
@@ -80,6 +81,7 @@ def main() -> int:
     )
     parser.add_argument("--check", action="store_true", help="only check the tables on the page")
     check = parser.parse_args().check
+    logging.getLogger().setLevel(logging.WARNING)  # fairseq has opened the root logger wide
     old = PAGE.read_text(encoding="utf-8")
     new = page(old)
     if check and new != old:

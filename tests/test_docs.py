@@ -18,6 +18,11 @@ def test_options_page_is_up_to_date():
     assert (ROOT / "docs" / "options.md").read_text(encoding="utf-8") == generator["page"]()
 
 
+def test_tables_of_results_are_up_to_date():
+    script = ROOT / "scripts" / "render_results.py"
+    subprocess.run([sys.executable, script, "--check"], check=True)
+
+
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
