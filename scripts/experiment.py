@@ -163,8 +163,8 @@ def perform(run: str, data: Path, record: dict, args: argparse.Namespace) -> dic
     for subset, split in subsets.items():
         log = folder / f"{split}.out"
         generate = [*fairseq, "fairseq_cli.generate", *corpus]
-        generate += ["--path", str(checkpoint), "--gen-subset", subset, "--beam", "5", *cpu]
-        generate += ["--required-batch-size-multiple", "1", *remove_bpe]
+        generate += ["--path", str(checkpoint), "--gen-subset", subset, *cpu]
+        generate += ["--required-batch-size-multiple", "1", *remove_bpe, *args.generate_args]
         execute([*generate, "--max-tokens", "4000"], log)
         lines = hypotheses(log)
         references = (data / "raw" / f"{split}.{target}").read_text(encoding="utf-8").splitlines()
@@ -248,6 +248,13 @@ def parse_args() -> argparse.Namespace:
         default=[],
         metavar="'...'",
         help="further options for fairseq-train, in one quoted string",
+    )
+    add(
+        "--generate-args",
+        type=shlex.split,
+        default=["--beam", "5"],
+        metavar="'...'",
+        help="options for fairseq-generate, in one quoted string (default: --beam 5)",
     )
     args = parser.parse_args()
     for run in args.runs:

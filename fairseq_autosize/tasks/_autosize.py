@@ -65,13 +65,14 @@ class AutosizeMixin(FairseqTask):
         super().add_args(parser)
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> nn.Module:
+        """Build the model; for training, refuse what cannot be auto-sized before data is read."""
         model = super().build_model(cfg, from_checkpoint)
         if from_checkpoint:
             return model
         if self.settings.prox != "none":
             if self._whole_config is not None:
                 check_training_mode(self._whole_config)
-            feed_forward_in_model(model, self.settings.groups)  # refuses before data is loaded
+            feed_forward_in_model(model, self.settings.groups)
         elif self.settings.strength is not None:
             logger.warning("--prox-strength has no effect: --prox is none")
         return model
@@ -97,6 +98,8 @@ class AutosizeMixin(FairseqTask):
     def optimizer_step(
         self, optimizer: FairseqOptimizer, model: nn.Module, update_num: int
     ) -> None:
+        """One update: the optimizer's step, then the proximal steps. fairseq calls it after
+        reduction and clipping, before the EMA, and not at all after an fp16 overflow."""
         if self.settings.prox == "none":
             super().optimizer_step(optimizer, model, update_num)
             return
