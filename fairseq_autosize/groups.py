@@ -80,7 +80,8 @@ def feed_forward_in_model(model: nn.Module, groups: Sequence[str] = ("ffn",)) ->
         One `FeedForward` a layer; its tensors are the model's own parameters.
 
     Raises:
-        GroupError: no such layer, or an activation with f(0) != 0.
+        GroupError: no such layer, an activation with f(0) != 0, or a layer norm between fc1 and
+            fc2.
     """
     kinds = {kind for group in groups for kind in GROUP_NAMES[group]}
     found = []
@@ -98,6 +99,11 @@ def feed_forward_in_model(model: nn.Module, groups: Sequence[str] = ("ffn",)) ->
                 f"{name}: activation {getattr(activation, '__name__', activation)!r} does not map "
                 "0 to 0, so a zeroed row of fc1 would not silence its neuron. Use --activation-fn "
                 "relu, relu_squared, gelu, gelu_accurate, tanh or linear."
+            )
+        if getattr(module, "ffn_layernorm", None) is not None:
+            raise GroupError(
+                f"{name}: --scale-fc puts a layer norm between fc1 and fc2, which mixes the "
+                "neurons: a zeroed row of fc1 would not silence its own. Train without --scale-fc."
             )
         found.append(FeedForward(name, kind, fc1.weight, fc1.bias, fc2.weight))
     if not found:

@@ -58,7 +58,8 @@ TAIL = """
   `--fp16` needs `--fp16-no-flatten-grads`.
 - **Refused by name for now:** `--memory-efficient-fp16`, `--memory-efficient-bf16`, `--amp`,
   `--use-bmuf`, `--tpu`, `--ddp-backend fully_sharded` and `slowmo`, `--zero-sharding os`,
-  pipeline and model parallelism, quantization and `--quant-noise-pq`.
+  pipeline and model parallelism, quantization and `--quant-noise-pq`; and `--scale-fc`
+  for good, since a layer norm between fc1 and fc2 mixes the neurons.
 """
 
 

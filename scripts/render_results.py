@@ -55,19 +55,24 @@ def page(text: str) -> str:
 
 
 def draw(path: Path) -> None:
-    """Draw the neurons alive over the updates of the auto-sized runs."""
+    """Draw the neurons alive over the updates of the auto-sized runs, if there are any."""
     from matplotlib import pyplot
 
     summary = json.loads(path.read_text(encoding="utf-8"))
+    curves = {
+        result["run"]: sorted(
+            (p["update"], p["neurons_alive"]) for p in result["history"] if "neurons_alive" in p
+        )
+        for result in sorted(summary["results"], key=by_kind_and_value)
+    }
+    curves = {run: points for run, points in curves.items() if points}
+    if not curves:
+        return
     figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
-    for result in sorted(summary["results"], key=by_kind_and_value):
-        counted = [p for p in result["history"] if "neurons_alive" in p]
-        if not counted:
-            continue
-        points = sorted((p["update"], p["neurons_alive"]) for p in counted)
-        kind = result["run"].partition(":")[0]
+    for run, points in curves.items():
+        kind = run.partition(":")[0]
         style = {"l21": "-", "linf1": "--"}[kind]
-        axes.plot(*zip(*points, strict=True), style, label=result["run"])
+        axes.plot(*zip(*points, strict=True), style, label=run)
     axes.set(xlabel="updates", ylabel="neurons alive", ylim=(0, None), title=path.stem)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize="small", ncols=2)

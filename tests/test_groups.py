@@ -101,6 +101,13 @@ def test_silu_is_fine_as_a_function_and_refused_as_the_class():
         feed_forward_in_model(model)
 
 
+def test_layer_norm_between_fc1_and_fc2_is_refused_by_the_flags_name():
+    model = transformer(scale_fc=True)
+    with pytest.raises(GroupError, match=r"decoder\.layers\.0: --scale-fc"):
+        feed_forward_in_model(model)
+    assert feed_forward_in_model(model, ["encoder-ffn"])  # fairseq's encoder has none
+
+
 def test_unknown_architecture_lists_what_was_found():
     with pytest.raises(GroupError, match=r"Modules found: Linear x1, ReLU x1"):
         feed_forward_in_model(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
