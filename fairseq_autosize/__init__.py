@@ -13,8 +13,8 @@ from . import compat  # noqa: F401 - lets torch.load read fairseq's checkpoints 
 
 _fairseq = importlib.util.find_spec("fairseq")
 if _fairseq is not None and _fairseq.origin is not None:  # a folder of that name is no fairseq
-    # Once this package is in sys.modules, fairseq does not look for its tasks any more.
-    from . import tasks  # noqa: F401
+    # Once this package is in sys.modules, fairseq does not look for these any more.
+    from . import models, tasks  # noqa: F401
 
     # `--user-dir fairseq_autosize` from another directory finds an installed package as
     # ".../fairseq/../fairseq_autosize", and fairseq then looks for just this spelling in

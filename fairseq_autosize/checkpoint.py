@@ -7,6 +7,7 @@ the pickle with inert objects before it lets torch's weights-only unpickler buil
 
 import argparse
 import contextlib
+import hashlib
 import io
 import os
 import pickle
@@ -14,7 +15,7 @@ import re
 import secrets
 import stat
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, BinaryIO
 
 import torch
@@ -44,6 +45,9 @@ _ITEM_SIZES = {
 # Allowed by torch as calls, but they make memory out of a number: bytearray(n), FloatStorage(n),
 # list(<a tensor that repeats one value>). Checkpoints only name them, or do not have them.
 _NEVER_CALLED = re.compile(r"builtins\.(?!set$)|torch\.(?:\w+\.)*\w*(?:Storage|Tensor)$")
+
+# Buffers that fairseq's Transformers keep in their state dict beside the parameters.
+_BUFFERS = ("version", "_float_tensor", "embed_positions.weights")
 
 _END_OF_ZIP = b"PK\x05\x06"
 _END_OF_ZIP_SIZE = 22
@@ -114,6 +118,23 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path, force: bool = Fa
             os.unlink(partial)
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.sha256()
+            while block := file.read(1 << 20):
+                digest.update(block)
+            return digest.hexdigest()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CheckpointError(f"{_text(os.fspath(path))}: cannot read: {reason}") from error
+
+
 def model_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The architecture's settings, such as ``arch``/``_name`` and ``encoder_ffn_embed_dim``.
 
@@ -151,6 +172,63 @@ def config_section(checkpoint: Mapping[str, Any], name: str) -> dict[str, Any]:
     if checkpoint.get("args") is not None:
         return _plain_mapping(checkpoint["args"], "args")
     return {}
+
+
+def with_settings(
+    checkpoint: Mapping[str, Any],
+    section: str,
+    changes: Mapping[str, Any],
+    drop: Collection[str] = (),
+) -> dict[str, Any]:
+    """A shallow copy of a checkpoint with other settings.
+
+    Args:
+        checkpoint: what `read_checkpoint` returned; it stays as it is.
+        section: a key of ``cfg``. In an older checkpoint all settings are in ``args``.
+        changes: values to set.
+        drop: names to leave out.
+
+    Raises:
+        CheckpointError: the settings are not a mapping.
+    """
+    old = config_section(checkpoint, section)
+    values = {name: value for name, value in old.items() if name not in drop} | dict(changes)
+    if checkpoint.get("cfg") is None:
+        return {**checkpoint, "args": argparse.Namespace(**values)}
+    sections = dict(_plain_mapping(checkpoint["cfg"], "cfg"))
+    # fairseq keeps the settings of models without a dataclass in a namespace.
+    flat = isinstance(sections.get(section), argparse.Namespace)
+    sections[section] = argparse.Namespace(**values) if flat else values
+    return {**checkpoint, "cfg": sections}
+
+
+def parameter_names(state: Mapping[str, Tensor]) -> list[str]:
+    """Names of the distinct parameters in a state dict, in the order of ``model.parameters()``.
+
+    Tied parameters appear under each of their names, and are listed under the first. They share
+    storage, except where fairseq copied them one by one while saving (from a GPU, or from half
+    precision): so matrices with equal contents count once, too. Matrices of zeros are no sign of
+    a tie.
+    """
+    names = []
+    seen: set[tuple] = set()
+    matrices: dict[tuple, list[Tensor]] = {}
+    for name, tensor in state.items():
+        if not tensor.is_floating_point() or name.endswith(_BUFFERS):
+            continue
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() and place in seen:
+            continue
+        seen.add(place)
+        if tensor.dim() >= 2 and bool(tensor.any()):
+            data = tensor.contiguous().view(torch.uint8)  # bytes, so that NaN equals itself
+            # A few bytes tell nearly all matrices apart.
+            key = (tensor.shape, tensor.dtype, bytes(data.flatten()[:64].tolist()))
+            if any(torch.equal(data, other) for other in matrices.get(key, ())):
+                continue
+            matrices.setdefault(key, []).append(data)
+        names.append(name)
+    return names
 
 
 def printable(text: str) -> str:

@@ -4,15 +4,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import __version__
-from .checkpoint import config_section, printable
+from .checkpoint import config_section, parameter_names, printable
 from .compat import fairseq_version
 from .groups import FeedForward, dead_neurons, feed_forward_in_state
-
-# Buffers that fairseq's Transformers keep in their state dict beside the parameters.
-_BUFFERS = ("version", "_float_tensor", "embed_positions.weights")
 
 
 def count_neurons(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,7 +38,7 @@ def count_neurons(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         pruned = int(dead_neurons(layer.fc1_weight).sum())
         removable += pruned * _parameters_per_neuron(layer)
         layers.append({"name": layer.name, "kind": layer.kind, **_tally([(total, pruned)])})
-    parameters = _count_parameters(state)
+    parameters = sum(state[name].numel() for name in parameter_names(state))
     return {
         "layers": layers,
         "ffn_neurons": _tally((layer["total"], layer["pruned"]) for layer in layers),
@@ -139,34 +135,6 @@ def _tally(counts: Iterable[tuple[int, int]]) -> dict[str, int]:
     counts = list(counts)
     total, pruned = sum(t for t, _ in counts), sum(p for _, p in counts)
     return {"total": total, "alive": total - pruned, "pruned": pruned}
-
-
-def _count_parameters(state: Mapping[str, Tensor]) -> int:
-    """Number of distinct parameters in a state dict.
-
-    Tied parameters appear under each of their names. They share storage, except where fairseq
-    copied them one by one while saving (from a GPU, or from half precision): so matrices with
-    equal contents count once, too. Matrices of zeros are no sign of a tie.
-    """
-    total = 0
-    seen: set[tuple] = set()
-    matrices: dict[tuple, list[Tensor]] = {}
-    for name, tensor in state.items():
-        if not tensor.is_floating_point() or name.endswith(_BUFFERS) or tensor.numel() == 0:
-            continue
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if place in seen:
-            continue
-        seen.add(place)
-        if tensor.dim() >= 2 and bool(tensor.any()):
-            data = tensor.contiguous().view(torch.uint8)  # bytes, so that NaN equals itself
-            # A few bytes tell nearly all matrices apart.
-            key = (tensor.shape, tensor.dtype, bytes(data.flatten()[:64].tolist()))
-            if any(torch.equal(data, other) for other in matrices.get(key, ())):
-                continue
-            matrices.setdefault(key, []).append(data)
-        total += tensor.numel()
-    return total
 
 
 def _settings(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,14 +6,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY_MODEL, TINY_TRAINING, USER_DIR
-from fairseq.data import Dictionary
-from fairseq.models.transformer import TransformerModel, base_architecture
-from fairseq.models.transformer_lm import TransformerLanguageModel, base_lm_architecture
+from small_models import TASK, build_language_model, build_model, checkpoint_of
 
 from fairseq_autosize import __version__
 from fairseq_autosize.checkpoint import read_checkpoint
@@ -22,51 +19,7 @@ from fairseq_autosize.groups import GroupError
 from fairseq_autosize.report import count_neurons, format_count, signature
 
 COMMAND = Path(sys.executable).with_name("fairseq-autosize")
-SIZES = {
-    "encoder_layers": 2,
-    "encoder_embed_dim": 8,
-    "encoder_ffn_embed_dim": 12,
-    "encoder_attention_heads": 2,
-    "decoder_layers": 2,
-    "decoder_embed_dim": 8,
-    "decoder_ffn_embed_dim": 10,
-    "decoder_attention_heads": 2,
-}
-TASK = {
-    "_name": "translation",
-    "prox": "l21",
-    "prox_strength": 0.5,
-    "prox_step_size": "schedule",
-    "prox_groups": "ffn",
-    "prox_bias": True,
-    "prox_start_update": 0,
-}
 VERSIONS = rf"zero:exact\|autosize:{re.escape(__version__)}\|fairseq:[\d.]+\|torch:[\d.]+"
-
-
-def dictionary():
-    words = Dictionary()
-    for letter in "abcdefghij":
-        words.add_symbol(letter)
-    return words
-
-
-def build_model(**options):
-    torch.manual_seed(1)
-    args = argparse.Namespace(**SIZES, **options)
-    base_architecture(args)
-    words = dictionary()
-    task = SimpleNamespace(source_dictionary=words, target_dictionary=words)
-    return TransformerModel.build_model(args, task), args
-
-
-def checkpoint_of(model, args, task=TASK):
-    return {
-        "cfg": {"model": args, "task": task, "common": {"seed": 7}},
-        "model": model.state_dict(),
-        "optimizer_history": [{"num_updates": 5}, {"num_updates": 40}],
-        "extra_state": {},
-    }
 
 
 def distinct_parameters(model):
@@ -142,11 +95,7 @@ def test_compact_is_the_size_of_a_narrower_model():
     with torch.no_grad():
         for layer in model.encoder.layers:
             layer.fc1.weight[5:] = 0
-    torch.manual_seed(1)
-    args.encoder_ffn_embed_dim = 5
-    words = dictionary()
-    task = SimpleNamespace(source_dictionary=words, target_dictionary=words)
-    narrow = TransformerModel.build_model(args, task)
+    narrow, _ = build_model(encoder_ffn_embed_dim=5)
     count = count_neurons(checkpoint_of(model, args))
     assert count["parameters"]["compact"] == distinct_parameters(narrow)
 
@@ -166,11 +115,7 @@ def test_shared_layers_count_once():
 
 
 def test_language_model():
-    args = argparse.Namespace(**{k: v for k, v in SIZES.items() if k.startswith("decoder")})
-    base_lm_architecture(args)
-    args.max_target_positions = args.tokens_per_sample = 16
-    task = SimpleNamespace(source_dictionary=dictionary(), target_dictionary=dictionary())
-    model = TransformerLanguageModel.build_model(args, task)
+    model, args = build_language_model()
     count = count_neurons(checkpoint_of(model, args))
     assert [layer["kind"] for layer in count["layers"]] == ["decoder-ffn", "decoder-ffn"]
     assert count["parameters"]["total"] == distinct_parameters(model)

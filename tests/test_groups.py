@@ -1,11 +1,9 @@
 """Finding feed-forward blocks in models and in state dicts."""
 
-from argparse import Namespace
-
 import pytest
 import torch
-from fairseq.data import Dictionary
-from fairseq.models.transformer import TransformerModel, base_architecture
+from fairseq.models.transformer import TransformerModel
+from small_models import build_model
 from torch import nn
 
 from fairseq_autosize.groups import (
@@ -18,16 +16,7 @@ from fairseq_autosize.groups import (
 
 
 def transformer(**options: object) -> TransformerModel:
-    dictionary = Dictionary()
-    for word in "abcdef":
-        dictionary.add_symbol(word)
-    sizes = {"encoder_layers": 2, "decoder_layers": 1, "encoder_embed_dim": 8}
-    sizes |= {"encoder_ffn_embed_dim": 12, "decoder_ffn_embed_dim": 10}
-    sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    args = Namespace(**(sizes | options))
-    base_architecture(args)
-    task = Namespace(source_dictionary=dictionary, target_dictionary=dictionary)
-    return TransformerModel.build_model(args, task)
+    return build_model(**({"decoder_layers": 1} | options))[0]
 
 
 def test_layers_of_a_model_in_order():

@@ -1,0 +1,461 @@
+"""Make a pruned checkpoint physically smaller: the same function, without the dead neurons.
+
+A neuron that is dead (all weights of its row of fc1 are zero) contributes ``act(bias)`` times its
+column of fc2, the same for every input. `compact` adds that constant to ``fc2.bias``, drops the
+row, the bias' entry and the column, and rewrites the settings so that fairseq builds the smaller
+model. The optimizer's state can be cut in the same way.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from . import __version__
+from .checkpoint import (
+    CheckpointError,
+    config_section,
+    model_config,
+    parameter_names,
+    printable,
+    with_settings,
+)
+from .compat import require_fairseq
+from .groups import FeedForward, dead_neurons, feed_forward_in_state
+
+# Version of the "autosize" entry and of the layout that goes with it.
+FORMAT = 1
+
+# The stock model, and the one that takes a width for each layer.
+_WITH_WIDTHS = {
+    "transformer": "transformer_autosize",
+    "transformer_lm": "transformer_lm_autosize",
+}
+_STOCK = {name: stock for stock, name in _WITH_WIDTHS.items()}
+_STOCK_TASKS = {
+    "translation_autosize": "translation",
+    "language_modeling_autosize": "language_modeling",
+}
+
+# Adafactor's means over one dimension of a matrix, and which dimension is gone.
+_FACTORED = {"exp_avg_sq_row": -1, "exp_avg_sq_col": -2}
+
+# fairseq's --activation-fn, for the constants that neurons without weights leave.
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
+    "relu_squared": lambda x: functional.relu(x).square(),
+    "gelu": functional.gelu,
+    "gelu_accurate": lambda x: functional.gelu(x, approximate="tanh"),
+    "gelu_fast": lambda x: functional.gelu(x, approximate="tanh"),
+    "tanh": torch.tanh,
+    "linear": lambda x: x,
+    "swish": functional.silu,
+}
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """What compaction did to one layer.
+
+    Attributes:
+        name: path of the layer, such as ``encoder.layers.0``.
+        kind: ``encoder-ffn`` or ``decoder-ffn``.
+        before: neurons in the input.
+        alive: neurons that are not dead.
+        after: neurons in the output; more than `alive` where it was padded.
+        folded: dead neurons with a constant output, which went into ``fc2.bias``.
+    """
+
+    name: str
+    kind: str
+    before: int
+    alive: int
+    after: int
+    folded: int
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """A compacted checkpoint, and what was done.
+
+    Attributes:
+        checkpoint: for `checkpoint.write_checkpoint`.
+        layers: one entry a feed-forward layer.
+        arch: the architecture's name in the output.
+        widths: ``encoder`` and ``decoder`` -> their new widths, first layer first.
+        ema_rows: rows dropped from a stored moving average that were not zero in it; the mask is
+            the model's, and an average never gets to exact zeros.
+    """
+
+    checkpoint: dict[str, Any]
+    layers: tuple[LayerChange, ...]
+    arch: str
+    widths: dict[str, list[int]]
+    ema_rows: int
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Which neurons of a layer stay, and how many dead ones follow as padding."""
+
+    kept: Tensor
+    padding: int
+
+    @property
+    def width(self) -> int:
+        return len(self.kept) + self.padding
+
+    def apply(self, tensor: Tensor, dim: int) -> Tensor:
+        chosen = tensor.index_select(dim, self.kept)
+        if not self.padding:
+            return chosen
+        shape = list(tensor.shape)
+        shape[dim] = self.padding
+        # Zeros on both sides of the activation: such a neuron gets no gradient, so it stays dead.
+        return torch.cat([chosen, tensor.new_zeros(shape)], dim)
+
+
+def compact(
+    checkpoint: Mapping[str, Any],
+    *,
+    uniform: bool = False,
+    multiple_of: int = 1,
+    min_width: int = 0,
+    keep_optimizer: bool = False,
+    provenance: Mapping[str, Any] | None = None,
+) -> Compaction:
+    """Remove the dead feed-forward neurons of a checkpoint.
+
+    Args:
+        checkpoint: what `checkpoint.read_checkpoint` returns; it stays as it is.
+        uniform: pad all layers of the encoder, and all of the decoder, to the widest one's width,
+            so that the stock architecture holds the result. At least one neuron stays.
+        multiple_of: pad every width to a multiple of this; zero stays zero.
+        min_width: pad every width to at least this.
+        keep_optimizer: keep the optimizer's state, cut like the parameters; otherwise drop it.
+        provenance: plain values to note in the result, such as the input's hash.
+
+    Returns:
+        The `Compaction`. Its checkpoint has an entry ``autosize`` with the format's version and
+        a history of what was done, with `provenance`; a second compaction with the same arguments
+        changes nothing.
+
+    Raises:
+        CheckpointError: NaN or infinity among the parameters, an architecture that cannot be
+            compacted, or an optimizer state that does not fit the parameters.
+        GroupError: no feed-forward layers.
+        ValueError: `multiple_of` < 1 or `min_width` < 0.
+    """
+    if multiple_of < 1:
+        raise ValueError(f"multiple_of: {multiple_of} is not a number >= 1")
+    if min_width < 0:
+        raise ValueError(f"min_width: {min_width} is not a number >= 0")
+    state = checkpoint["model"]
+    stock, arch = _architecture(checkpoint)
+    layers = feed_forward_in_state(state)
+    _check(state, layers)
+    cuts = _plan(layers, uniform, multiple_of, min_width)
+    parameters = _cuts_by_parameter(layers, cuts)
+    constants = {
+        layer.name: _constant(state, layer, _activation_name(checkpoint)) for layer in layers
+    }
+    result = {
+        **checkpoint,
+        "model": _cut_state(
+            state,
+            parameters,
+            {f"{name}.fc2.bias": bias for name, (_, bias) in constants.items() if bias is not None},
+        ),
+        "last_optimizer_state": _cut_optimizer(checkpoint, parameters) if keep_optimizer else None,
+    }
+    ema_rows = _cut_ema(result, parameters)
+    changes = tuple(
+        LayerChange(
+            layer.name,
+            layer.kind,
+            before=layer.fc1_weight.shape[0],
+            alive=len(cut.kept),
+            after=cut.width,
+            folded=constants[layer.name][0],
+        )
+        for layer, cut in zip(layers, cuts, strict=True)
+    )
+    widths = _widths_by_side(result["model"])
+    if not uniform:
+        arch = _WITH_WIDTHS[stock]
+    elif arch in _STOCK:
+        arch = stock
+    result = _rewrite_settings(result, arch, stock, widths, uniform)
+    _note(result, changes, dict(provenance or {}))
+    return Compaction(result, changes, arch, widths, ema_rows)
+
+
+def _architecture(checkpoint: Mapping[str, Any]) -> tuple[str, str]:
+    """Names of the stock model and of the architecture: (transformer, transformer_tiny)."""
+    require_fairseq()
+    from fairseq.models import ARCH_MODEL_NAME_REGISTRY  # the module itself needs torch only
+
+    config = model_config(checkpoint)
+    arch = config.get("arch") or config.get("_name")
+    model = ARCH_MODEL_NAME_REGISTRY.get(arch) if isinstance(arch, str) else None
+    stock = _STOCK.get(model, model)
+    if stock not in _WITH_WIDTHS:
+        known = sorted(name for name, m in ARCH_MODEL_NAME_REGISTRY.items() if m in _WITH_WIDTHS)
+        raise CheckpointError(
+            f"cannot compact architecture {printable(str(arch))} "
+            f"({'unknown here' if model is None else f'model {model}'}); can: {', '.join(known)}"
+        )
+    return stock, arch
+
+
+def _check(state: Mapping[str, Tensor], layers: Sequence[FeedForward]) -> None:
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"{printable(name)} holds NaN or infinity; the training has diverged, so take an "
+                "earlier checkpoint"
+            )
+    for layer in layers:
+        if f"{layer.name}.ffn_layernorm.weight" in state:
+            raise CheckpointError(
+                f"{printable(layer.name)}: --scale-fc puts a layer norm between fc1 and fc2, so "
+                "that removing a dead neuron would change the others"
+            )
+
+
+def _plan(
+    layers: Sequence[FeedForward], uniform: bool, multiple_of: int, min_width: int
+) -> list[_Cut]:
+    kept = [torch.nonzero(~dead_neurons(layer.fc1_weight)).flatten() for layer in layers]
+
+    def padded(width: int) -> int:
+        return math.ceil(max(width, min_width) / multiple_of) * multiple_of
+
+    widths = [padded(len(indices)) for indices in kept]
+    if uniform:
+        widest: dict[str, int] = {}
+        for layer, width in zip(layers, widths, strict=True):
+            # At least 1: converters of stock models do not expect a layer without neurons.
+            widest[layer.kind] = max(width, widest.get(layer.kind, padded(1)))
+        widths = [widest[layer.kind] for layer in layers]
+    return [_Cut(i, width - len(i)) for i, width in zip(kept, widths, strict=True)]
+
+
+def _cuts_by_parameter(
+    layers: Sequence[FeedForward], cuts: Sequence[_Cut]
+) -> dict[str, tuple[_Cut, int]]:
+    """Parameter -> how its layer is cut, and along which dimension."""
+    found = {}
+    for layer, cut in zip(layers, cuts, strict=True):
+        found[f"{layer.name}.fc1.weight"] = (cut, 0)
+        found[f"{layer.name}.fc1.bias"] = (cut, 0)
+        found[f"{layer.name}.fc2.weight"] = (cut, 1)
+    return found
+
+
+def _activation_name(checkpoint: Mapping[str, Any]) -> str:
+    return str(model_config(checkpoint).get("activation_fn") or "relu")
+
+
+def _constant(
+    state: Mapping[str, Tensor], layer: FeedForward, activation: str
+) -> tuple[int, Tensor | None]:
+    """How many dead neurons have a constant output, and fc2.bias with it; None if unchanged."""
+    if layer.fc1_bias is None:
+        return 0, None
+    dead = dead_neurons(layer.fc1_weight)
+    biases = layer.fc1_bias[dead].double()
+    if not bool(biases.any()):
+        return 0, None
+    if activation not in _ACTIVATIONS:
+        raise CheckpointError(
+            f"{printable(layer.name)}: dead neurons with a bias, and activation "
+            f"{printable(activation)} is not known here, so their constant output cannot be kept"
+        )
+    outputs = _ACTIVATIONS[activation](biases)
+    if not bool(outputs.any()):  # relu of a negative bias
+        return 0, None
+    name = f"{layer.name}.fc2.bias"
+    if name not in state:
+        raise CheckpointError(
+            f"{printable(name)} is missing, so the constant output of dead neurons cannot be kept"
+        )
+    bias = state[name].double() + layer.fc2_weight[:, dead].double() @ outputs
+    return int((outputs != 0).sum()), bias.to(state[name].dtype)
+
+
+def _cut_state(
+    state: Mapping[str, Tensor],
+    cuts: Mapping[str, tuple[_Cut, int]],
+    replaced: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Cut the parameters; those that share storage share it afterwards."""
+    made: dict[tuple, Tensor] = {}
+    result = {}
+    for name, tensor in state.items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() and place in made:
+            result[name] = made[place]
+        elif name in cuts:
+            cut, dim = cuts[name]
+            result[name] = cut.apply(tensor, dim)
+        else:
+            result[name] = replaced.get(name, tensor)
+        made[place] = result[name]
+    return result
+
+
+def _cut_optimizer(
+    checkpoint: Mapping[str, Any], cuts: Mapping[str, tuple[_Cut, int]]
+) -> dict[str, Any]:
+    """Cut the optimizer's state: a slot a parameter, or flat over all parameters (fp16)."""
+    old = checkpoint.get("last_optimizer_state")
+    if not isinstance(old, dict) or not isinstance(old.get("state"), dict) or not old["state"]:
+        raise CheckpointError("--keep-optimizer: the checkpoint has no optimizer state to keep")
+    model = checkpoint["model"]
+    names = parameter_names(model)
+    slots = old["state"]
+    flat = len(slots) == 1 and len(names) > 1
+    if not flat and len(slots) != len(names):
+        raise CheckpointError(
+            f"--keep-optimizer: the optimizer has state for {len(slots)} parameters, the model has "
+            f"{len(names)} (frozen ones?); compact without --keep-optimizer"
+        )
+    new = {}
+    for index, (key, slot) in enumerate(sorted(slots.items())):
+        if flat:
+            new[key] = {k: _cut_flat(k, v, names, model, cuts) for k, v in slot.items()}
+        else:
+            name = names[index]
+            new[key] = {k: _cut_slot(k, v, name, model[name].shape, cuts) for k, v in slot.items()}
+    return {**old, "state": new}
+
+
+def _cut_slot(
+    key: str,
+    value: Any,
+    name: str,
+    shape: torch.Size,
+    cuts: Mapping[str, tuple[_Cut, int]],
+) -> Any:
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value  # a count of steps, a scale
+    dims = list(range(len(shape)))
+    if key in _FACTORED:
+        del dims[_FACTORED[key]]
+    expected = tuple(shape[dim] for dim in dims)
+    if value.shape != expected:
+        raise CheckpointError(
+            f"--keep-optimizer: the optimizer's {printable(str(key))} of {printable(name)} has "
+            f"shape {tuple(value.shape)}, not {expected}; compact without --keep-optimizer"
+        )
+    if name not in cuts:
+        return value
+    cut, dim = cuts[name]
+    return cut.apply(value, dims.index(dim)) if dim in dims else value
+
+
+def _cut_flat(
+    key: str,
+    value: Any,
+    names: Sequence[str],
+    model: Mapping[str, Tensor],
+    cuts: Mapping[str, tuple[_Cut, int]],
+) -> Any:
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    sizes = [model[name].numel() for name in names]
+    if value.shape != (sum(sizes),):
+        raise CheckpointError(
+            f"--keep-optimizer: the optimizer's flat {printable(str(key))} has shape "
+            f"{tuple(value.shape)}, the model {sum(sizes)} parameters; compact without "
+            "--keep-optimizer"
+        )
+    parts = [
+        _cut_slot(key, part.view(model[name].shape), name, model[name].shape, cuts).flatten()
+        for name, part in zip(names, value.split(sizes), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _cut_ema(result: dict[str, Any], cuts: Mapping[str, tuple[_Cut, int]]) -> int:
+    """Cut a stored moving average of the model by the model's mask; counts what was not zero."""
+    extra_state = result.get("extra_state")
+    if not isinstance(extra_state, dict):
+        return 0
+    rows = 0
+    changed = dict(extra_state)
+    for key in ("ema", "ema_fp32_params"):
+        average = extra_state.get(key)
+        if not isinstance(average, dict):
+            continue
+        changed[key] = _cut_state(average, cuts, {})
+        if key == "ema":
+            for name in cuts:
+                if name.endswith("fc1.weight") and name in average:
+                    before, after = average[name], changed[key][name]
+                    rows += int((~dead_neurons(before)).sum() - (~dead_neurons(after)).sum())
+    result["extra_state"] = changed
+    return rows
+
+
+def _widths_by_side(state: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """``encoder`` and ``decoder`` -> the width of each of their layers, shared ones included."""
+    result = {}
+    for side in ("encoder", "decoder"):
+        widths: list[int] = []
+        while (weight := state.get(f"{side}.layers.{len(widths)}.fc1.weight")) is not None:
+            widths.append(weight.shape[0])
+        if widths:
+            result[side] = widths
+    return result
+
+
+def _rewrite_settings(
+    checkpoint: dict[str, Any],
+    arch: str,
+    stock: str,
+    widths: Mapping[str, Sequence[int]],
+    uniform: bool,
+) -> dict[str, Any]:
+    """Make the settings name the smaller model, and a task that plain fairseq knows."""
+    old = model_config(checkpoint)
+    model: dict[str, Any] = {}
+    if "arch" in old:
+        model["arch"] = arch
+    if "_name" in old:
+        # Models with a dataclass are named by the model, others by the architecture.
+        by_model = stock if uniform else _WITH_WIDTHS[stock]
+        model["_name"] = arch if old["_name"] == old.get("arch") else by_model
+    for side, sizes in widths.items():
+        model[f"{side}_ffn_embed_dim"] = max(sizes)
+        if not uniform:
+            model[f"{side}_ffn_dims"] = ",".join(map(str, sizes))
+    if old.get("task") in _STOCK_TASKS:
+        model["task"] = _STOCK_TASKS[old["task"]]
+    dims = [f"{side}_ffn_dims" for side in widths] if uniform else []
+    checkpoint = with_settings(checkpoint, "model", model, drop=dims)
+    task = config_section(checkpoint, "task").get("_name")
+    if task in _STOCK_TASKS:
+        checkpoint = with_settings(checkpoint, "task", {"_name": _STOCK_TASKS[task]})
+    return checkpoint
+
+
+def _note(
+    checkpoint: dict[str, Any], changes: Sequence[LayerChange], provenance: dict[str, Any]
+) -> None:
+    """Append to the checkpoint's history what was done, unless that was nothing."""
+    note = checkpoint.get("autosize")
+    history = note.get("history", []) if isinstance(note, dict) else []
+    if not history or any(change.before != change.after or change.folded for change in changes):
+        step = {
+            "version": __version__,
+            "widths_before": {change.name: change.before for change in changes},
+            "widths_after": {change.name: change.after for change in changes},
+        }
+        history = [*history, step | provenance]
+    checkpoint["autosize"] = {"format": FORMAT, "history": history}
