@@ -28,7 +28,7 @@ from collections.abc import Callable
 import torch
 
 INSTALL_FAIRSEQ = (
-    "pip install numpy cython setuptools wheel torch, and then "
+    'pip install torch "numpy<2" cython "setuptools<81" wheel, and then '
     "pip install --no-build-isolation fairseq-fixed==0.12.3.1"
 )
 

@@ -169,7 +169,7 @@ def check_training_mode(cfg: Any) -> None:
         "--memory-efficient-fp16": cfg.common.memory_efficient_fp16,
         "--memory-efficient-bf16": cfg.common.memory_efficient_bf16,
         "--amp": cfg.common.amp,
-        "--tpu": cfg.common.tpu,
+        "--tpu": cfg.common.tpu and not cfg.common.bf16,
         "--use-bmuf": cfg.optimization.use_bmuf,
         "--ddp-backend fully_sharded": distributed.ddp_backend == "fully_sharded",
         "--ddp-backend slowmo": distributed.ddp_backend == "slowmo",
@@ -179,6 +179,12 @@ def check_training_mode(cfg: Any) -> None:
         "--quantization-config-path": cfg.common.quantization_config_path is not None,
         "--quant-noise-pq": (getattr(cfg.model, "quant_noise_pq", 0) or 0) > 0,
     }
+    if cfg.common.tpu and cfg.common.bf16:
+        # fairseq's command line takes --bf16 for a TPU's, and sets --tpu itself.
+        raise ConfigError(
+            "--prox does not work with --bf16 on fairseq-train's command line, which turns it "
+            "into --tpu: train with fairseq-hydra-train and common.bf16=true"
+        )
     refused = [flag for flag, is_set in unsupported.items() if is_set]
     if refused:
         raise ConfigError(

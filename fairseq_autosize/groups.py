@@ -36,6 +36,7 @@ class FeedForward:
         fc1_weight: shape (neurons, d).
         fc1_bias: shape (neurons,), or None where the layer has none.
         fc2_weight: shape (d, neurons).
+        activation: what comes between fc1 and fc2; None where only a state dict is known.
     """
 
     name: str
@@ -43,6 +44,7 @@ class FeedForward:
     fc1_weight: Tensor
     fc1_bias: Tensor | None
     fc2_weight: Tensor
+    activation: Callable[[Tensor], Tensor] | None = None
 
 
 def dead_neurons(fc1_weight: Tensor) -> Tensor:
@@ -64,6 +66,14 @@ def maps_zero_to_zero(activation: Callable[[Tensor], Tensor]) -> bool:
     """Whether f(0) = 0, without which a zeroed row of fc1 would not silence its neuron."""
     value = activation(torch.zeros(1))
     return isinstance(value, Tensor) and bool((value == 0).all())
+
+
+def has_slope_at_zero(activation: Callable[[Tensor], Tensor]) -> bool:
+    """Whether f'(0) != 0: then a zeroed row of fc1 still gets gradients, and may come back."""
+    zero = torch.zeros(1, requires_grad=True)
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(activation(zero).sum(), zero)
+    return bool((slope != 0).any())
 
 
 def feed_forward_in_model(model: nn.Module, groups: Sequence[str] = ("ffn",)) -> list[FeedForward]:
@@ -93,19 +103,24 @@ def feed_forward_in_model(model: nn.Module, groups: Sequence[str] = ("ffn",)) ->
         kind = f"{match['side']}-ffn"
         if kind not in kinds:
             continue
-        activation = module.activation_fn
+        activation = getattr(module, "activation_fn", None)
+        if activation is None:
+            raise GroupError(
+                f"{name}: {type(module).__name__} does not say what its activation is, so it is "
+                "not known whether a zeroed row of fc1 silences its neuron. Use a Transformer."
+            )
         if not maps_zero_to_zero(activation):
             raise GroupError(
-                f"{name}: activation {getattr(activation, '__name__', activation)!r} does not map "
-                "0 to 0, so a zeroed row of fc1 would not silence its neuron. Use --activation-fn "
-                "relu, relu_squared, gelu, gelu_accurate, tanh or linear."
+                f"{name}: activation {getattr(activation, '__name__', activation)!r} is not known "
+                "to map 0 to 0, so a zeroed row of fc1 would not silence its neuron. Use "
+                "--activation-fn relu, gelu, gelu_fast, gelu_accurate, tanh or linear."
             )
         if getattr(module, "ffn_layernorm", None) is not None:
             raise GroupError(
                 f"{name}: --scale-fc puts a layer norm between fc1 and fc2, which mixes the "
                 "neurons: a zeroed row of fc1 would not silence its own. Train without --scale-fc."
             )
-        found.append(FeedForward(name, kind, fc1.weight, fc1.bias, fc2.weight))
+        found.append(FeedForward(name, kind, fc1.weight, fc1.bias, fc2.weight, activation))
     if not found:
         classes = Counter(type(m).__name__ for n, m in model.named_modules() if n)
         listed = ", ".join(f"{name} x{count}" for name, count in sorted(classes.items()))

@@ -9,7 +9,8 @@ strength: `l21`, `l21:1.5`, `linf1:12`. `like:RUN` is a dense model whose unifor
 the parameters that RUN has left; it is trained last. All runs get the same number of updates.
 
 Each run has a folder OUT/RUN with its logs, its last checkpoint and result.json; finished runs
-are not repeated, so a stopped experiment goes on where it was. OUT/results.json collects them.
+are not repeated; one that was stopped half way starts over, so that its time and its curve are
+whole. OUT/results.json collects them.
 """
 
 import argparse
@@ -139,6 +140,8 @@ def perform(run: str, data: Path, record: dict, args: argparse.Namespace) -> dic
     train = [*fairseq, "fairseq_cli.train", *corpus, *options, *cpu, "--save-dir", str(folder)]
     trained = folder / "trained.json"  # so that a failure in scoring costs no second training
     if not trained.exists():
+        for stale in folder.glob("checkpoint*.pt"):  # fairseq would go on from there
+            stale.unlink()
         logger.info("%s: training, log in %s", run, folder / "train.log")
         cpu_seconds, wall_seconds = execute(train, folder / "train.log")
         times = {"train_cpu_seconds": round(cpu_seconds, 1)}

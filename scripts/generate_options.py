@@ -46,16 +46,21 @@ TAIL = """
   that update, so warm-up and decay apply to the shrinking as well.
 - **`--update-freq`, gradient clipping.** One proximal step an update, after clipping and after the
   optimizer's step. An update skipped for an fp16 overflow takes none.
-- **`--weight-decay`** shrinks all weights by a factor and kills nothing by itself; a dead neuron
-  stays dead under it.
+- **`--weight-decay`** shrinks all weights by a factor; it neither kills a neuron by itself nor
+  revives one.
 - **`--dropout`, `--activation-dropout`** are independent of the prox. **`--encoder-layerdrop`,
   `--decoder-layerdrop`**: the layers that an update drops are shrunk all the same, since they
   still belong to the model.
-- **`--activation-fn`** relu, relu_squared, gelu, gelu_accurate, tanh and linear map 0 to 0, so a
-  zero row is a silent neuron. Any activation that does not is refused by name. fairseq's own
-  swish does not run (it passes the class instead of a function) and is refused for that reason.
-- **`--fp16`, `--bf16`** (with fp32 master weights): the step acts on the masters. On a CPU,
-  `--fp16` needs `--fp16-no-flatten-grads`.
+- **`--activation-fn`** relu, gelu, gelu_fast, gelu_accurate, tanh and linear, which are all that
+  fairseq-train offers, map 0 to 0, so a zero row is a silent neuron. Any activation that is not
+  known to do so is refused by name; so is swish (SiLU) where a configuration reaches it, since
+  fairseq puts the class where a function belongs and cannot run it. With all but relu the slope
+  at 0 is not 0: a zero row then gets a gradient, and Adam can move it by more in an update than
+  the prox takes back, so some dead neurons come back and the count goes up and down. The log
+  warns of it at the start.
+- **`--fp16`, `common.bf16=true`** (with fp32 master weights): the step acts on the masters. On a
+  CPU, `--fp16` needs `--fp16-no-flatten-grads`. `--bf16` on fairseq-train's command line means a
+  TPU to fairseq and is refused; fairseq-hydra-train with `common.bf16=true` works.
 - **Refused by name for now:** `--memory-efficient-fp16`, `--memory-efficient-bf16`, `--amp`,
   `--use-bmuf`, `--tpu`, `--ddp-backend fully_sharded` and `slowmo`, `--zero-sharding os`,
   pipeline and model parallelism, quantization and `--quant-noise-pq`; and `--scale-fc`

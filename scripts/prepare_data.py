@@ -375,9 +375,10 @@ def print_usage(args: argparse.Namespace, subsets: dict[str, str]) -> None:
     """Prints the options with which fairseq trains on and translates this data."""
     dest = shlex.quote(args.dest.rstrip("/"))
     common = f"{dest}/data-bin --source-lang {args.source_lang} --target-lang {args.target_lang}"
-    common += " --required-batch-size-multiple 1"
+    user_dir = shlex.quote(str(Path(__file__).resolve().parent.parent / "fairseq_autosize"))
+    common += f" --user-dir {user_dir} --required-batch-size-multiple 1"
     print(f"\nReady: {args.dest} (what was done: prepare.json). Train and translate with")
-    print(f"  fairseq-train {common} --share-all-embeddings ...")
+    print(f"  fairseq-train {common} --prox l21 --share-all-embeddings ...")
     for subset, split in subsets.items():
         options = f"--gen-subset {subset} --beam 5{REMOVE_BPE.get(args.bpe, '')}"
         reference = f"{dest}/raw/{split}.{args.target_lang}"

@@ -23,18 +23,24 @@ if [[ $(cat "$venv/.complete" 2>/dev/null) == "$wanted" && -x $venv/bin/fairseq-
     exit 0
 fi
 
-usable() { "$1" -c 'import sys, venv; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null; }
+usable() { "$1" -c 'import sys, ensurepip, venv; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null; }
 if [[ ! -x $venv/bin/python ]]; then
     for candidate in ${PYTHON:-python3.11 python3.12 python3.10 python3.13 python3}; do
         usable "$candidate" && python=$candidate && break
     done
     if [[ -z ${python:-} ]]; then
-        echo "setup.sh: error: no Python 3.10 to 3.13 with the venv module found;" \
-            "set PYTHON=/path/to/python3.11" >&2
+        echo "setup.sh: error: no Python 3.10 to 3.13 with the modules venv and ensurepip found" \
+            "(Debian, Ubuntu: apt-get install python3-venv); or set PYTHON=/path/to/python3.11" >&2
         exit 2
     fi
     echo "setup.sh: making $venv with $("$python" --version)"
     "$python" -m venv "$venv"
+fi
+headers=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
+if [[ ! -f $headers/Python.h ]]; then
+    echo "setup.sh: error: fairseq is compiled during installation and needs Python's headers;" \
+        "$headers/Python.h is missing (Debian, Ubuntu: apt-get install python3-dev)" >&2
+    exit 2
 fi
 if ! command -v c++ >/dev/null && ! command -v g++ >/dev/null; then
     echo "setup.sh: error: fairseq is compiled during installation and needs a C++ compiler" \

@@ -1,12 +1,15 @@
 """Validation of the `--prox*` options, and the modes that are refused."""
 
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 from fairseq.dataclass.configs import FairseqConfig
 from omegaconf import OmegaConf
 
 from fairseq_autosize.config import AutosizeConfig, ConfigError, Settings, check_training_mode
+from fairseq_autosize.tasks._autosize import AutosizeMixin
 
 
 def settings(**options: object) -> Settings:
@@ -74,3 +77,12 @@ def test_modes_that_would_go_wrong_are_refused_by_flag(key, value, flag):
     OmegaConf.update(cfg, key, value, force_add=True)
     with pytest.raises(ConfigError, match=f"--prox does not work with {flag} yet"):
         check_training_mode(cfg)
+
+
+def test_linf1_has_no_default_strength_for_groups_of_different_sizes():
+    layers = [SimpleNamespace(fc1_weight=torch.ones(4, columns)) for columns in (8, 16)]
+    task = SimpleNamespace(_layers=layers, settings=settings(prox="linf1"))
+    with pytest.raises(ConfigError, match=r"differ \(9, 17 entries\): give --prox-strength"):
+        AutosizeMixin._default_strength(task)
+    task.settings = settings(prox="l21")
+    assert AutosizeMixin._default_strength(task) == 1.0

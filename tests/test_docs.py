@@ -1,5 +1,6 @@
 """The pages agree with the code, and the README's commands run."""
 
+import json
 import re
 import runpy
 import shlex
@@ -52,25 +53,33 @@ SHORTER = (
 )
 
 
+def shell(command: str, cwd: Path) -> None:
+    """Run a command line as a user would, with this environment's programs."""
+    programs = Path(sys.executable).parent
+    result = subprocess.run(
+        ["bash", "-ec", f'set -o pipefail; export PATH="{programs}:$PATH"; {command}'],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, command + result.stdout[-2000:] + result.stderr[-4000:]
+
+
+def test_readme_python_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(code, {})
+
+
 @pytest.mark.heavy
 def test_readme_commands_run(tmp_path):
     commands = readme_commands()
     assert len(commands) >= 5
-    programs = Path(sys.executable).parent
+    for part in ("fairseq_autosize", "scripts"):  # as in the repository, but writing elsewhere
+        (tmp_path / part).symlink_to(ROOT / part)
     for command in commands:
         for old, new in SHORTER:
             command = command.replace(old, new)
-        command = command.replace("scripts/", f"{ROOT}/scripts/")
-        command = command.replace(
-            "--user-dir fairseq_autosize", f"--user-dir {ROOT}/fairseq_autosize"
-        )
-        result = subprocess.run(
-            ["bash", "-ec", f'set -o pipefail; export PATH="{programs}:$PATH"; {command}'],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
-        assert result.returncode == 0, command + result.stdout[-2000:] + result.stderr[-4000:]
+        shell(command, tmp_path)
     assert (tmp_path / "checkpoints" / "checkpoint_best.pt").is_file()
     hypotheses = (tmp_path / "hypotheses.txt").read_text(encoding="utf-8").splitlines()
     references = (tmp_path / "data/raw/test.en").read_text(encoding="utf-8").splitlines()
@@ -82,7 +91,12 @@ def test_experiment_resumes_and_refuses_other_settings(tmp_path):
     data = tmp_path / "data"
     options = ["--vocab-size", "400", "--train-lines", "300"]
     script = ROOT / "scripts" / "prepare_data.py"
-    subprocess.run([sys.executable, script, "embedded", data, *options], check=True)
+    prepared = subprocess.run(
+        [sys.executable, script, "embedded", data, *options],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     small = shlex.split("--dim 16 --ffn 16 --layers 1 --heads 2 --updates 8 --warmup 4")
     small += ["--generate-args", "--beam 1 --max-len-b 10"]
     experiment = [sys.executable, ROOT / "scripts" / "experiment.py", data, tmp_path / "out"]
@@ -93,6 +107,19 @@ def test_experiment_resumes_and_refuses_other_settings(tmp_path):
     assert re.search(r"dense test BLEU [\d.]+ nrefs:1\|", first.stdout)
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.stdout == first.stdout and "l21:30: done before" in again.stderr
+    # One that was stopped half way starts over: the same translations, and a whole history.
+    run = tmp_path / "out" / "l21-30"
+    before = json.loads((run / "result.json").read_text())
+    (run / "trained.json").unlink()
+    (run / "result.json").unlink()
+    once_more = subprocess.run(command, capture_output=True, text=True)
+    assert once_more.returncode == 0, once_more.stderr
+    after = json.loads((run / "result.json").read_text())
+    assert (after["history"], after["scores"]) == (before["history"], before["scores"])
+    # What prepare_data.py prints for translating works as it stands.
+    (printed,) = re.findall(r"^ *(fairseq-generate .*) > test.out$", prepared.stdout, re.M)
+    printed = printed.replace("CHECKPOINT", str(run / "checkpoint_last.pt"))
+    shell(f"{printed.replace('--beam 5', '--beam 1')} --max-len-b 10 --cpu", tmp_path)
     other = subprocess.run([*command, "--seed", "2"], capture_output=True, text=True)
     assert other.returncode == 1 and "is from other settings; choose another OUT" in other.stderr
     wrong = subprocess.run([*experiment, "--runs", "l3"], capture_output=True, text=True)

@@ -11,6 +11,7 @@ from fairseq_autosize.groups import (
     dead_neurons,
     feed_forward_in_model,
     feed_forward_in_state,
+    has_slope_at_zero,
     maps_zero_to_zero,
 )
 
@@ -72,6 +73,22 @@ def test_shared_layers_are_found_once():
 def test_activations_that_keep_zero(activation):
     layers = feed_forward_in_model(transformer(activation_fn=activation))
     assert len(layers) == 3
+
+
+def test_layers_that_do_not_tell_their_activation_are_refused():
+    model = transformer()
+    del model.encoder.layers[1].activation_fn  # as in LightConv
+    with pytest.raises(GroupError, match=r"encoder\.layers\.1: TransformerEncoderLayerBase does"):
+        feed_forward_in_model(model)
+
+
+@pytest.mark.parametrize(
+    ("activation", "slope"),
+    [("relu", False), ("relu_squared", False), ("gelu", True), ("tanh", True), ("linear", True)],
+)
+def test_slope_at_zero(activation, slope):
+    (layer, *_) = feed_forward_in_model(transformer(activation_fn=activation))
+    assert has_slope_at_zero(layer.activation) == slope
 
 
 def test_other_activations_are_refused_by_name():

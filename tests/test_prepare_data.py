@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from fairseq_autosize import embedded_corpus
 
@@ -125,7 +126,7 @@ def test_printed_options_are_for_this_data(prepared):
     generate = [line for line in output.splitlines() if "fairseq-generate" in line]
     assert len(generate) == 2
     assert "out/new/data-bin --source-lang xa --target-lang en" in generate[0]
-    assert "--required-batch-size-multiple 1" in generate[0]
+    assert f"--user-dir {ROOT}/fairseq_autosize --required-batch-size-multiple 1" in generate[0]
     assert "--remove-bpe sentencepiece" in generate[0]
     assert "--gen-subset test1" in generate[1]
     assert "sacrebleu out/new/raw/test_more.en" in output

@@ -2,6 +2,8 @@
 
 import inspect
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -168,6 +170,23 @@ def test_l21_slow_takes_both_orders_of_arguments():
     torch.testing.assert_close([p.data for p in both], list(prox.prox_l21(weight, 0.5, bias)))
     with pytest.raises(ValueError, match=r"bias is 0\.1; it must be a tensor"):
         pg.l21_slow(both[0], 0.1, 0.1, 0.1)
+
+
+def test_under_the_originals_name(monkeypatch):
+    """As its own examples and tests import and call it."""
+    package = types.ModuleType("proximal_gradient")
+    package.proximalGradient = pg
+    monkeypatch.setitem(sys.modules, "proximal_gradient", package)
+    monkeypatch.setitem(sys.modules, "proximal_gradient.proximalGradient", pg)
+    import proximal_gradient.proximalGradient as original
+
+    layer = torch.nn.Linear(3, 2)
+    layer.name = "linear1"
+    for name in ("l1", "linf1", "elasticnet", "logbarrier", "l2", "l21", "linf"):
+        getattr(original, name)(layer.weight, layer.bias, reg=0.1)
+        getattr(original, name)(layer.weight, reg=0.1)
+        assert layer.weight.requires_grad and layer.weight.isfinite().all()
+    original.l21_slow(layer.weight, reg=0.1)
 
 
 def test_xor_is_learnt_with_few_neurons():

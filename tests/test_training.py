@@ -103,6 +103,32 @@ def test_training_leaves_exact_zeros(data, options, task, request, run, tmp_path
     assert re.search(rf"signature: prox:{options[options.index('--prox') + 1]}\|", output)
 
 
+def test_gelu_lets_neurons_come_back_and_the_log_warns(corpus, run, tmp_path):
+    warning = "has a slope at 0, so dead neurons still get gradients"
+    counts = {}
+    for activation in ("relu", "gelu"):
+        output = run(
+            *("fairseq_cli.train", corpus, *AUTOSIZE, *TINY_MODEL, *TINY_TRAINING, *PRUNING),
+            *("--activation-fn", activation, "--save-dir", tmp_path / activation),
+            *("--prox-strength", "1.5", "--max-update", "50", "--lr", "0.03"),
+        ).stdout
+        assert (f"activation gelu {warning}" in output) == (activation == "gelu")
+        counts[activation] = [p["neurons_pruned"] for p in logged(output)]
+        dead, _ = count_dead(tmp_path / activation / "checkpoint_last.pt")
+        assert counts[activation][-1] == dead > 0
+    assert counts["relu"] == sorted(counts["relu"])
+    assert counts["gelu"] != sorted(counts["gelu"])
+
+
+def test_options_without_effect_are_named(corpus, run, tmp_path):
+    output = run(
+        *("fairseq_cli.train", corpus, *AUTOSIZE, *TINY_MODEL, *TINY_TRAINING),
+        *("--prox-start-update", "5", "--no-prox-bias", "--max-update", "1"),
+        *("--save-dir", tmp_path),
+    ).stdout
+    assert "no effect, since --prox is none: --prox-bias, --prox-start-update" in output
+
+
 def test_hydra_train_with_a_yaml(corpus, run, tmp_path):
     (tmp_path / "autosize.yaml").write_text(f"""# @package _group_
 common: {{user_dir: {USER_DIR}, cpu: true, seed: 1, log_interval: 1, log_format: json}}
@@ -244,6 +270,7 @@ def test_fp16_checkpoint_has_exact_zeros(corpus, run, tmp_path):
         (["--prox", "l21", "--prox-groups", "heads"], "--prox-groups heads: 'heads' is not one"),
         (["--prox", "l21", "--memory-efficient-fp16"], "--memory-efficient-fp16 yet"),
         (["--prox", "l21", "--amp"], "--prox does not work with --amp yet"),
+        (["--prox", "l21", "--bf16"], "--prox does not work with --bf16 on fairseq-train's"),
     ],
 )
 def test_bad_options_end_the_start(options, message, corpus, tmp_path):
@@ -269,8 +296,6 @@ def test_translation_programs_read_the_checkpoint(corpus, run, tmp_path):
     assert len(re.findall(r"^H-\d+\t", generated, re.M)) == 43
     told = run("fairseq_cli.interactive", *options, stdin="ba be\nku ko ki\n").stdout
     assert len(re.findall(r"^H-\d+\t", told, re.M)) == 2
-    stock = run_program("fairseq_cli.train", corpus, *TINY_MODEL, "--help")
-    assert "--prox" not in stock.stdout
 
 
 def test_tensorboard_and_wandb_have_the_counts(corpus, run, tmp_path):

@@ -4,6 +4,7 @@ import itertools
 import logging
 from argparse import ArgumentParser
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from hydra.core.config_store import ConfigStore
 from torch import nn
 
 from ..config import AutosizeConfig, ConfigError, Settings, add_bias_flags, check_training_mode
-from ..groups import FeedForward, dead_neurons, feed_forward_in_model
+from ..groups import FeedForward, dead_neurons, feed_forward_in_model, has_slope_at_zero
 from ..prox import OPERATORS
 from ..proximal_optimizer import ProximalOptimizer
 from ..report import signature
@@ -29,6 +30,9 @@ HORIZON = 100_000
 # Schedules that follow from the update's number alone. Others wait for validation losses or belong
 # to another optimizer, and --lr with several values changes by epoch: no forecast there.
 PLANNED_SCHEDULES = ("fixed", "inverse_sqrt", "cosine", "polynomial_decay", "tri_stage")
+
+
+_OPTIONS = tuple(f.name for f in fields(AutosizeConfig) if f.name.startswith("prox"))
 
 
 class AutosizeMixin(FairseqTask):
@@ -73,9 +77,14 @@ class AutosizeMixin(FairseqTask):
             if self._whole_config is not None:
                 check_training_mode(self._whole_config)
             feed_forward_in_model(model, self.settings.groups)
-        elif self.settings.strength is not None:
-            logger.warning("--prox-strength has no effect: --prox is none")
+        elif ignored := [name for name in _OPTIONS if name != "prox" and self._is_set(name)]:
+            flags = ", ".join("--" + name.replace("_", "-") for name in ignored)
+            logger.warning("no effect, since --prox is none: %s", flags)
         return model
+
+    def _is_set(self, option: str) -> bool:
+        """Whether an option of the `--prox*` block has another value than its default."""
+        return getattr(self._task_config, option) != getattr(AutosizeConfig, option)
 
     def get_batch_iterator(self, dataset: Any, **options: Any) -> Any:
         """As fairseq's, but a resumed run gets the batches that the interrupted one had.
@@ -119,6 +128,17 @@ class AutosizeMixin(FairseqTask):
             return {}
         return {type(self).__name__: {"prox_strength": self._strength}}
 
+    def _default_strength(self) -> float:
+        sizes = {layer.fc1_weight.shape[1] + int(self.settings.bias) for layer in self._layers}
+        strengths = {default_strength(self.settings.prox, size) for size in sizes}
+        if len(strengths) > 1:
+            raise ConfigError(
+                f"--prox {self.settings.prox}: its default strength depends on the size of the "
+                f"groups, and they differ ({', '.join(map(str, sorted(sizes)))} entries): give "
+                "--prox-strength"
+            )
+        return strengths.pop()
+
     def _build_proximal(
         self, optimizer: FairseqOptimizer, model: nn.Module, update_num: int
     ) -> ProximalOptimizer:
@@ -128,12 +148,20 @@ class AutosizeMixin(FairseqTask):
             raise ConfigError(
                 f"--prox {settings.prox}: the feed-forward layers have no neurons to shrink"
             )
-        columns = self._layers[0].fc1_weight.shape[1] + int(settings.bias)
-        self._strength = (
-            default_strength(settings.prox, columns)
-            if settings.strength is None
-            else settings.strength
-        )
+        self._strength = settings.strength
+        if self._strength is None:
+            self._strength = self._default_strength()
+        sloping = {
+            getattr(layer.activation, "__name__", str(layer.activation))
+            for layer in self._layers
+            if layer.activation is not None and has_slope_at_zero(layer.activation)
+        }
+        if sloping:
+            logger.warning(
+                "activation %s has a slope at 0, so dead neurons still get gradients and come "
+                "back; the count goes up and down. With --activation-fn relu they stay dead",
+                ", ".join(sorted(sloping)),
+            )
         proximal = ProximalOptimizer(
             optimizer,
             self._layers,
@@ -224,7 +252,7 @@ class AutosizeMixin(FairseqTask):
         task, root = self._task_config, self._whole_config
         return signature(
             {
-                **{name: getattr(task, name) for name in AutosizeConfig.__dataclass_fields__},
+                **{name: getattr(task, name) for name in _OPTIONS},
                 "prox_strength": self._strength,
                 "seed": None if root is None else root.common.seed,
             }
@@ -276,7 +304,7 @@ def register_autosize_task(stock_name: str, dataclass: type) -> Any:
     """Register a task as ``<stock_name>_autosize`` and in place of `stock_name` itself.
 
     The second makes ``--prox`` work without ``--task``, and keeps the stock name in the
-    checkpoint, so that plain fairseq loads it. Only registry entries are replaced.
+    checkpoint, so that a fairseq without the package knows it. Only registry entries are replaced.
     """
 
     def register(cls: type[AutosizeMixin]) -> type[AutosizeMixin]:
