@@ -7,6 +7,7 @@ model. The optimizer's state can be cut in the same way.
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -295,7 +296,8 @@ def _cut_state(
 ) -> dict[str, Tensor]:
     """Cut the parameters; those that share storage share it afterwards."""
     made: dict[tuple, Tensor] = {}
-    result = {}
+    result: OrderedDict[str, Tensor] = OrderedDict()
+    vars(result).update(getattr(state, "__dict__", {}))  # torch keeps modules' versions there
     for name, tensor in state.items():
         place = (tensor.data_ptr(), tensor.shape, tensor.stride())
         if tensor.numel() and place in made:

@@ -24,7 +24,12 @@ WIDTHS = [(12, 12, 10, 10), (0, 0, 0, 0), (1, 3, 0, 10), (7, 12, 5, 1), (0, 12, 
 
 def prune(model: nn.Module, alive: tuple[int, ...], bias: float = 0.0) -> None:
     """Leave so many neurons alive in each layer, at scattered places; the dead get this bias."""
-    layers = [*getattr(getattr(model, "encoder", None), "layers", []), *model.decoder.layers]
+    stacks = [
+        getattr(model, side).layers for side in ("encoder", "decoder") if hasattr(model, side)
+    ]
+    layers = [
+        layer for stack in stacks for layer in stack.children()
+    ]  # LayerDrop's own order skips
     with torch.no_grad():
         for seed, (layer, width) in enumerate(zip(layers, alive, strict=True)):
             order = torch.randperm(len(layer.fc1.bias), generator=torch.manual_seed(seed))
@@ -108,9 +113,11 @@ def test_constant_neurons_are_folded_into_the_bias(activation, bias):
         0,
         9 * constant,
     ]
-    small = model_in({**result.checkpoint, "model": result.checkpoint["model"]}).double()
+    small = model_in(result.checkpoint).double()
     small.load_state_dict(result.checkpoint["model"])
-    torch.testing.assert_close(outputs(small), outputs(model), rtol=0, atol=1e-12)
+    # fairseq computes its gelu in float32.
+    atol = 1e-6 if activation == "gelu" else 1e-12
+    torch.testing.assert_close(outputs(small), outputs(model), rtol=0, atol=atol)
 
 
 def test_input_stays_as_it_is():
@@ -177,8 +184,8 @@ def test_padding_gets_no_gradient(activation):
 
 def test_ties_and_shared_layers_stay_shared(tmp_path):
     model, args = build_model(share_all_embeddings=True)
-    model.encoder.layers[1] = model.encoder.layers[0]
     prune(model, (3, 3, 10, 1))
+    model.encoder.layers[1] = model.encoder.layers[0]
     result = compact(checkpoint_of(model, args))
     assert result.widths == {"encoder": [3, 3], "decoder": [10, 1]}
     write_checkpoint(result.checkpoint, tmp_path / "small.pt")
@@ -201,7 +208,7 @@ def test_bytes_saved_are_those_of_the_neurons(tmp_path):
     write_checkpoint(checkpoint, tmp_path / "pruned.pt")
     write_checkpoint(compact(checkpoint).checkpoint, tmp_path / "small.pt")
     saved = (tmp_path / "pruned.pt").stat().st_size - (tmp_path / "small.pt").stat().st_size
-    assert saved == pytest.approx(4 * (2 * 8 + 1) * (4 * 2048 - 3347), rel=1e-2)
+    assert saved == pytest.approx(4 * (2 * 8 + 1) * (4 * 2048 - 3347), rel=5e-3)
 
 
 def test_note_tells_what_was_done():
@@ -285,8 +292,8 @@ def test_optimizer_state_is_cut_with_its_neurons(optimizer_class, options):
             elif leaf == "2.weight" and not key.endswith("_row"):
                 value = value[..., mask]
             assert torch.equal(new[key], value), (name, key)
-    trained_again = tokens = torch.arange(4, 14).unsqueeze(0)
-    small(tokens, torch.tensor([10]), trained_again)[0].sum().backward()
+    tokens = torch.arange(4, 14).unsqueeze(0)
+    small(tokens, torch.tensor([10]), tokens)[0].sum().backward()
     again.step()
 
 
@@ -398,7 +405,8 @@ def test_bad_arguments_are_refused_by_name(options):
     ],
 )
 def test_bad_widths_are_refused_by_the_flags_name(dims, message):
-    model, args = build_model(arch="transformer_autosize", encoder_ffn_dims=dims)
+    model, args = build_model(encoder_ffn_dims=dims)
+    args._name = "transformer_autosize"
     with pytest.raises(ValueError, match=message):
         model_in(checkpoint_of(model, args))
 
@@ -408,5 +416,6 @@ def test_layers_to_keep_choose_their_widths():
     prune(model, (3, 0, 7, 10, 1))
     result = compact(checkpoint_of(model, args)).checkpoint
     result["cfg"]["model"].encoder_layers_to_keep = "0,2"
+    result["cfg"]["model"].decoder_layers_to_keep = "0,1"  # fairseq wants both or neither
     small = model_in(result)
     assert [layer.fc1.out_features for layer in small.encoder.layers] == [3, 7]

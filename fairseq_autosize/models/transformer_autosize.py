@@ -40,7 +40,7 @@ class TransformerAutosizeModel(TransformerModel):
         kept = {side: getattr(args, f"{side}_layers_to_keep", None) for side in _SIDES}
         model = super().build_model(args, task)
         for side in _SIDES:
-            layers = getattr(model, side).layers
+            layers = list(getattr(model, side).layers.children())  # LayerDrop's own iterator skips
             widths = layer_widths(args, side, len(layers), kept[side])
             if widths is not None:
                 set_widths(layers, widths)
@@ -74,9 +74,10 @@ class TransformerLanguageModelAutosize(TransformerLanguageModel):
     def build_model(cls, args: Any, task: FairseqTask) -> "TransformerLanguageModelAutosize":
         kept = getattr(args, "decoder_layers_to_keep", None)
         model = super().build_model(args, task)
-        widths = layer_widths(args, "decoder", len(model.decoder.layers), kept)
+        layers = list(model.decoder.layers.children())
+        widths = layer_widths(args, "decoder", len(layers), kept)
         if widths is not None:
-            set_widths(model.decoder.layers, widths)
+            set_widths(layers, widths)
         return model
 
 
