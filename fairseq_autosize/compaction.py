@@ -36,7 +36,7 @@ _WITH_WIDTHS = {
     "transformer": "transformer_autosize",
     "transformer_lm": "transformer_lm_autosize",
 }
-_STOCK = {name: stock for stock, name in _WITH_WIDTHS.items()}
+_STOCK = {with_widths: stock for stock, with_widths in _WITH_WIDTHS.items()}
 _STOCK_TASKS = {
     "translation_autosize": "translation",
     "language_modeling_autosize": "language_modeling",
@@ -186,10 +186,7 @@ def compact(
         for layer, cut in zip(layers, cuts, strict=True)
     )
     widths = _widths_by_side(result["model"])
-    if not uniform:
-        arch = _WITH_WIDTHS[stock]
-    elif arch in _STOCK:
-        arch = stock
+    arch = arch.removesuffix("_autosize") + ("" if uniform else "_autosize")
     result = _rewrite_settings(result, arch, stock, widths, uniform)
     _note(result, changes, dict(provenance or {}))
     return Compaction(result, changes, arch, widths, ema_rows)

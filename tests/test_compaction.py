@@ -86,7 +86,7 @@ def test_variants_of_the_architecture(options):
     prune(model, (3, 0, 10, 1))
     for uniform in (False, True):
         result = compact(checkpoint_of(model, args), uniform=uniform)
-        assert result.arch == (args.arch if uniform else "transformer_autosize")
+        assert result.arch == (args.arch if uniform else f"{args.arch}_autosize")
         assert_same_function(model, result.checkpoint)
 
 

@@ -1,4 +1,9 @@
-"""fairseq's Transformers with a width of its own for each feed-forward layer, zero included."""
+"""fairseq's Transformers with a width of its own for each feed-forward layer, zero included.
+
+For each architecture of ``transformer`` and ``transformer_lm`` there is one with ``_autosize`` at
+the end of its name, such as ``transformer_iwslt_de_en_autosize``: the same defaults, and the
+options ``--encoder-ffn-dims`` and ``--decoder-ffn-dims``.
+"""
 
 import warnings
 from argparse import ArgumentParser, Namespace
@@ -6,8 +11,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from fairseq.models import register_model, register_model_architecture
-from fairseq.models.transformer import TransformerModel, base_architecture
+from fairseq.models import (
+    ARCH_CONFIG_REGISTRY,
+    ARCH_MODEL_INV_REGISTRY,
+    register_model,
+    register_model_architecture,
+)
+from fairseq.models.transformer import TransformerModel
 from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig
 from fairseq.tasks import FairseqTask
 from torch import nn
@@ -45,12 +55,6 @@ class TransformerAutosizeModel(TransformerModel):
             if widths is not None:
                 set_widths(layers, widths)
         return model
-
-
-@register_model_architecture("transformer_autosize", "transformer_autosize")
-def transformer_autosize(args: Namespace) -> None:
-    """The same defaults as ``transformer``."""
-    base_architecture(args)
 
 
 @dataclass
@@ -123,3 +127,16 @@ def set_widths(layers: Iterable[nn.Module], widths: Iterable[int]) -> None:
             noise = (layer.quant_noise, layer.quant_noise_block_size)
             layer.fc1 = layer.build_fc1(layer.embed_dim, width, *noise)
             layer.fc2 = layer.build_fc2(width, layer.embed_dim, *noise)
+
+
+def _register_architectures() -> None:
+    """For every stock architecture ``X`` one with the same defaults, ``X_autosize``."""
+    for stock in ("transformer", "transformer_lm"):
+        known = ARCH_MODEL_INV_REGISTRY.get(f"{stock}_autosize", [])
+        for arch in ARCH_MODEL_INV_REGISTRY[stock]:
+            if f"{arch}_autosize" not in known:
+                register = register_model_architecture(f"{stock}_autosize", f"{arch}_autosize")
+                register(ARCH_CONFIG_REGISTRY[arch])
+
+
+_register_architectures()
