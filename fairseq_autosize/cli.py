@@ -2,15 +2,19 @@
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
 
 from . import __version__
+from .averaging import average
 from .checkpoint import CheckpointError, file_sha256, printable, read_checkpoint, write_checkpoint
 from .compaction import Compaction, compact
+from .export import QUANTIZATIONS, ExportError, export_ctranslate2
 from .groups import GroupError
 from .report import count_neurons, format_count, layers_with_nan
+from .staged_training import StageError, train_in_stages
 
 _PROG = "fairseq-autosize"
 
@@ -26,10 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         standard error. (argparse leaves with 2 as well for a wrong command line.)
     """
     arguments = _parser().parse_args(argv)
+    logging.basicConfig(format="%(asctime)s | %(levelname)s | %(name)s | %(message)s")
+    logging.getLogger("fairseq").setLevel(logging.WARNING)
+    logging.getLogger("fairseq_autosize").setLevel(logging.INFO)
     try:
         arguments.run(arguments)
         sys.stdout.flush()
-    except (CheckpointError, GroupError, ImportError) as error:
+    except (CheckpointError, GroupError, ExportError, StageError, ImportError) as error:
         sys.stderr.write(f"{_PROG}: error: {printable(str(error))}\n")
         return 2
     except BrokenPipeError:
@@ -49,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_count(commands)
     _add_compact(commands)
+    _add_average(commands)
+    _add_export(commands)
+    _add_train_compacting(commands)
     return parser
 
 
@@ -210,3 +220,132 @@ def _not_negative(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text} is not a whole number >= 0")
     return int(text)
+
+
+def _add_average(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "average",
+        help="average the parameters of several checkpoints of one training",
+        description="Write the mean of the parameters of several checkpoints. Neurons that are "
+        "dead in some of them only are alive in the mean.",
+        epilog=f"example: {_PROG} average mean.pt checkpoints/checkpoint{{8,9,10}}.pt",
+    )
+    parser.add_argument("output", metavar="OUT", help="file to write")
+    parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="checkpoints, oldest first")
+    parser.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
+    parser.set_defaults(run=_average)
+
+
+def _average(arguments: argparse.Namespace) -> None:
+    result, revived = average([read_checkpoint(path) for path in arguments.checkpoints])
+    write_checkpoint(result, arguments.output, force=arguments.force)
+    neurons = count_neurons(result)["ffn_neurons"]
+    sys.stdout.write(
+        f"wrote {arguments.output}: mean of {len(revived)} checkpoints; {neurons['alive']:,} of "
+        f"{neurons['total']:,} neurons alive, the union of those alive in any of them\n"
+    )
+    for path, count in zip(arguments.checkpoints, revived, strict=True):
+        if count:
+            sys.stdout.write(f"{path}: {count:,} of its dead neurons are alive in the mean\n")
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="convert a checkpoint for CTranslate2, and check that both engines agree",
+        description="Convert a checkpoint, without its dead neurons, to a model for CTranslate2. "
+        "Some sentences are scored by fairseq and by CTranslate2, and the difference is printed; "
+        "in float32 it must be rounding.",
+        epilog=f"example: {_PROG} export small.pt ct2 --format ctranslate2 --quantization int8",
+    )
+    parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint file")
+    parser.add_argument("output", metavar="OUT_DIR", help="folder to make")
+    parser.add_argument("--format", choices=["ctranslate2"], required=True)
+    parser.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        help="how the weights are stored (default: float32)",
+    )
+    parser.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        help="folder of the vocabularies, dict.*.txt (default: that of the training)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUT_DIR if it exists")
+    parser.set_defaults(run=_export)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    path = arguments.checkpoint
+    checkpoint = read_checkpoint(path)
+    try:
+        result = export_ctranslate2(
+            checkpoint,
+            arguments.output,
+            data=arguments.data_dir,
+            quantization=arguments.quantization,
+            force=arguments.force,
+        )
+    except (CheckpointError, GroupError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    lines = [
+        f"wrote {arguments.output}",
+        f"fairseq and CTranslate2 (float32) differ by at most {result.largest:.1e} in the log "
+        f"probability of a token, over {result.tokens} tokens",
+    ]
+    if result.quantized is not None:
+        lines.append(f"with {arguments.quantization} weights by at most {result.quantized:.1e}")
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _add_train_compacting(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "train-compacting",
+        help="fairseq-train in stages, with compaction in between",
+        description="Run fairseq-train in stages of some epochs. Once enough neurons have died, "
+        "the model is compacted between two stages and goes on smaller, so that auto-sizing "
+        "shortens its own training.",
+        epilog=f"example: {_PROG} train-compacting --share 0.2 DATA --user-dir fairseq_autosize "
+        "--arch transformer --prox l21 --max-epoch 20 ...",
+    )
+    parser.add_argument(
+        "--share",
+        type=_share,
+        default=0.1,
+        metavar="X",
+        help="compact once at least this share (0 < X <= 1) of the neurons in the model is dead "
+        "(default: 0.1)",
+    )
+    parser.add_argument(
+        "--stage-epochs",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="epochs of a stage (default: 1)",
+    )
+    parser.add_argument(
+        "arguments", nargs=argparse.REMAINDER, metavar="...", help="fairseq-train's arguments"
+    )
+    parser.set_defaults(run=_train_compacting)
+
+
+def _train_compacting(arguments: argparse.Namespace) -> None:
+    train = arguments.arguments
+    train = train[1:] if train[:1] == ["--"] else train
+    done = train_in_stages(train, arguments.share, arguments.stage_epochs)
+    sys.stdout.write(f"trained with {len(done)} compactions\n")
+    for result in done:
+        widths = "; ".join(
+            f"{side} {' '.join(map(str, sizes))}" for side, sizes in result.widths.items()
+        )
+        sys.stdout.write(f"  {widths}\n")
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0 and up to 1")
+    return value

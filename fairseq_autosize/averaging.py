@@ -1,0 +1,70 @@
+"""Average the parameters of several checkpoints of one training."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .checkpoint import CheckpointError, printable
+from .groups import dead_neurons, feed_forward_in_state
+
+
+def average(checkpoints: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], list[int]]:
+    """The mean of the parameters; everything else comes from the last checkpoint.
+
+    A neuron that is dead in some of the checkpoints only is alive in the mean, shrunk by the
+    zeros: the neurons alive are the union of those of all checkpoints. The optimizer's state and
+    stored moving averages belong to no mean, and are left out.
+
+    Args:
+        checkpoints: what `checkpoint.read_checkpoint` returns, with the same parameters; oldest
+            first.
+
+    Returns:
+        The checkpoint, and for each input how many neurons are dead there but alive in the mean.
+
+    Raises:
+        CheckpointError: fewer than two, or names or shapes of parameters that differ.
+        GroupError: no feed-forward layers.
+    """
+    if len(checkpoints) < 2:
+        raise CheckpointError("averaging needs at least two checkpoints")
+    states = [checkpoint["model"] for checkpoint in checkpoints]
+    last = states[-1]
+    for number, state in enumerate(states[:-1], start=1):
+        if state.keys() != last.keys():
+            name = sorted(state.keys() ^ last.keys())[0]
+            raise CheckpointError(
+                f"checkpoint {number} and the last one are different models: only one of them has "
+                f"the parameter {printable(name)}"
+            )
+        for name, tensor in state.items():
+            if tensor.shape != last[name].shape:
+                raise CheckpointError(
+                    f"{printable(name)} has shape {tuple(tensor.shape)} in checkpoint {number} and "
+                    f"{tuple(last[name].shape)} in the last one; average before compaction"
+                )
+    mean: dict[str, torch.Tensor] = {}
+    made: dict[tuple, torch.Tensor] = {}
+    for name, tensor in last.items():
+        # Tied parameters stay tied.
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() == 0 or not tensor.is_floating_point():
+            mean[name] = tensor
+        elif place in made:
+            mean[name] = made[place]
+        else:
+            total = torch.zeros_like(tensor, dtype=torch.float64)
+            for state in states:
+                total += state[name]
+            made[place] = mean[name] = (total / len(states)).to(tensor.dtype)
+    extra = checkpoints[-1].get("extra_state")
+    if isinstance(extra, dict):
+        extra = {key: value for key, value in extra.items() if not key.startswith("ema")}
+    result = {**checkpoints[-1], "model": mean, "last_optimizer_state": None, "extra_state": extra}
+    alive = [~dead_neurons(layer.fc1_weight) for layer in feed_forward_in_state(mean)]
+    revived = []
+    for state in states:
+        dead = [dead_neurons(layer.fc1_weight) for layer in feed_forward_in_state(state)]
+        revived.append(sum(int((a & d).sum()) for a, d in zip(alive, dead, strict=True)))
+    return result, revived

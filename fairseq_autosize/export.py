@@ -1,0 +1,222 @@
+"""Export to CTranslate2, through its own converter, and a check that both engines agree."""
+
+import os
+import tempfile
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import config_section, model_config, write_checkpoint
+from .compaction import compact
+from .compat import require_fairseq
+
+Pair = tuple[list[int], list[int]]  # token indices of a source and a target, without the end
+
+QUANTIZATIONS = (
+    "int8",
+    "int8_float32",
+    "int8_float16",
+    "int8_bfloat16",
+    "int16",
+    "float16",
+    "bfloat16",
+    "float32",
+)
+
+# Largest difference of a token's log probability that float32 may show.
+TOLERANCE = 1e-3
+
+
+class ExportError(ValueError):
+    """An export that is not possible, or whose result does not compute the same; one line."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far CTranslate2 is from fairseq on the same sentences.
+
+    Attributes:
+        tokens: target tokens that both scored.
+        largest: largest absolute difference of a token's log probability in float32.
+        quantized: the same for the exported model, or None if that is float32.
+    """
+
+    tokens: int
+    largest: float
+    quantized: float | None
+
+
+def export_ctranslate2(
+    checkpoint: Mapping[str, Any],
+    output: str | os.PathLike[str],
+    data: str | os.PathLike[str] | None = None,
+    quantization: str | None = None,
+    force: bool = False,
+) -> Agreement:
+    """Convert a checkpoint to a CTranslate2 model, and compare scores of both engines.
+
+    Dead neurons are removed on the way; a layer without neurons keeps one dead one, since
+    CTranslate2 has no empty layers. The folder appears only when it is complete and checked.
+
+    Args:
+        checkpoint: what `checkpoint.read_checkpoint` returned: a ``transformer`` or
+            ``transformer_lm``, with or without a width per layer.
+        output: folder to make.
+        data: folder of the vocabularies (``dict.*.txt``), by default the one of the training.
+        quantization: one of `QUANTIZATIONS`, or None for float32.
+        force: replace `output` if it exists.
+
+    Raises:
+        ExportError: `output` exists, ctranslate2 is not installed or cannot convert the model, a
+            vocabulary is missing, or float32 scores differ by more than `TOLERANCE`.
+        CheckpointError, GroupError: the checkpoint cannot be compacted.
+    """
+    output = Path(output)
+    if output.exists() and not force:
+        raise ExportError(f"{output}: exists already; choose another name, or add --force")
+    if not output.parent.is_dir():
+        raise ExportError(f"{output}: the folder {output.parent} does not exist")
+    try:
+        from ctranslate2.converters import FairseqConverter
+    except ImportError as error:
+        raise ExportError(
+            f"ctranslate2 is needed for the export and does not load ({error}); install it: "
+            "pip install ctranslate2"
+        ) from error
+    small = compact(checkpoint, min_width=1).checkpoint
+    settings = _flat_settings(small, data)
+    task = _task(settings)
+    sentences = _sentences(settings, task)
+    expected = _fairseq_scores(settings, task, small["model"], sentences)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+        source = Path(folder, "checkpoint.pt")
+        write_checkpoint({"args": settings, "cfg": None, "model": small["model"]}, source)
+        made = {}
+        for kind in dict.fromkeys((None, quantization)):
+            # In this process, so that the registered safe globals and models are there; the
+            # converter reads the file weights-only.
+            converter = FairseqConverter(str(source), settings.data)
+            made[kind] = Path(folder, kind or "plain")
+            try:
+                converter.convert(str(made[kind]), quantization=kind)
+            except (ValueError, RuntimeError, NotImplementedError, OSError) as error:
+                reason = " ".join(str(error).split())
+                raise ExportError(f"ctranslate2 cannot convert the model: {reason}") from error
+        largest = _difference(made[None], task, sentences, expected)
+        if not largest <= TOLERANCE:
+            raise ExportError(
+                f"fairseq and CTranslate2 differ by {largest:.2g} in a token's log probability "
+                f"(float32; at most {TOLERANCE:g} is rounding), so nothing was written"
+            )
+        quantized = None
+        if quantization not in (None, "float32"):
+            quantized = _difference(made[quantization], task, sentences, expected)
+        if output.exists():
+            old = Path(folder, "old")
+            output.rename(old)
+        made[quantization].rename(output)
+    return Agreement(sum(map(len, expected)), largest, quantized)
+
+
+def _flat_settings(checkpoint: Mapping[str, Any], data: str | os.PathLike[str] | None) -> Namespace:
+    """All settings in one namespace, as the converter wants them.
+
+    It looks the architecture up under ``arch`` and accepts stock names only, while fairseq builds
+    the model that ``_name`` names.
+    """
+    model, task = model_config(checkpoint), config_section(checkpoint, "task")
+    values = {name: value for name, value in {**model, **task}.items() if name != "_name"}
+    values["task"] = task.get("_name") or task.get("task")
+    arch = str(model.get("arch") or model["_name"])
+    values["_name"] = arch if arch.endswith("_autosize") else f"{arch}_autosize"
+    values["arch"] = arch.removesuffix("_autosize")
+    folder = data if data is not None else values.get("data")
+    if not folder or not Path(str(folder).split(os.pathsep)[0]).is_dir():
+        raise ExportError(
+            f"the vocabularies' folder {folder} does not exist; say with --data-dir where "
+            "dict.*.txt are"
+        )
+    values["data"] = str(folder)
+    return Namespace(**values)
+
+
+def _task(settings: Namespace) -> Any:
+    require_fairseq()
+    from fairseq.tasks import setup_task
+
+    try:
+        return setup_task(settings)
+    except Exception as error:  # fairseq raises the base class itself
+        reason = " ".join(str(error).split())
+        raise ExportError(
+            f"the vocabularies do not load from {settings.data} (--data-dir): {reason}"
+        ) from error
+
+
+def _sentences(settings: Namespace, task: Any) -> list[Pair]:
+    """Pairs of random token indices, without fairseq's special symbols; always the same."""
+    generator = torch.Generator().manual_seed(1)
+    names = ("max_source_positions", "max_target_positions", "tokens_per_sample")
+    limits = (getattr(settings, name, None) for name in names)
+    longest = min(24, *(limit for limit in limits if limit))
+
+    def draw(dictionary: Any, length: int) -> list[int]:
+        low, high = dictionary.nspecial, len(dictionary)
+        return torch.randint(low, high, (length,), generator=generator).tolist()
+
+    return [
+        (draw(task.source_dictionary, length), draw(task.target_dictionary, length + 2))
+        for length in range(1, longest - 3, 2)  # the longest target has an end as well
+    ]
+
+
+@torch.no_grad()
+def _fairseq_scores(
+    settings: Namespace, task: Any, state: Mapping[str, Tensor], sentences: list[Pair]
+) -> list[list[float]]:
+    """Log probability of each target token and of the end of the sentence."""
+    from fairseq.models import build_model
+
+    model: nn.Module = build_model(settings, task)
+    model.load_state_dict(dict(state), strict=True)
+    model.eval()
+    eos = task.target_dictionary.eos()
+    scores = []
+    for source, target in sentences:
+        previous, wanted = torch.tensor([[eos, *target]]), torch.tensor([*target, eos])
+        if hasattr(model, "encoder"):
+            tokens = torch.tensor([[*source, eos]])
+            output = model(tokens, torch.tensor([tokens.shape[1]]), previous)
+        else:
+            output = model(previous)
+        logs = model.get_normalized_probs(output, log_probs=True)[0]
+        scores.append(logs.gather(1, wanted.unsqueeze(1)).flatten().tolist())
+    return scores
+
+
+def _difference(
+    folder: Path, task: Any, sentences: list[Pair], expected: list[list[float]]
+) -> float:
+    """Largest absolute difference between CTranslate2's scores of the tokens and `expected`."""
+    import ctranslate2
+
+    targets = [[task.target_dictionary[i] for i in target] for _, target in sentences]
+    options = {"device": "cpu", "intra_threads": 1}
+    if hasattr(task, "src_dict"):
+        engine = ctranslate2.Translator(str(folder), **options)
+        sources = [[task.source_dictionary[i] for i in source] for source, _ in sentences]
+        found = engine.score_batch(sources, targets)
+    else:
+        engine = ctranslate2.Generator(str(folder), **options)
+        end = task.target_dictionary.eos_word
+        found = engine.score_batch([[end, *target, end] for target in targets])
+    largest = 0.0
+    for result, wanted in zip(found, expected, strict=True):
+        pairs = zip(result.log_probs, wanted, strict=True)
+        largest = max(largest, *(abs(a - b) for a, b in pairs))
+    return largest

@@ -1,0 +1,124 @@
+"""Train in stages with compaction in between, so that auto-sizing shortens its own training.
+
+A stage is an ordinary ``fairseq-train``, a program of its own. After it the checkpoint it left is
+compacted with its optimizer's state, and the next stage goes on from there with the smaller model.
+This works in every mode in which fairseq resumes.
+"""
+
+import logging
+import subprocess
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from .checkpoint import read_checkpoint, write_checkpoint
+from .compaction import Compaction, compact
+from .report import count_neurons
+
+logger = logging.getLogger(__name__)
+
+_NEEDED_IN_CHECKPOINTS = ("--no-save", "--no-last-checkpoints", "--no-save-optimizer-state")
+_RESETS = ("--reset-optimizer", "--reset-lr-scheduler", "--reset-meters", "--reset-dataloader")
+
+
+class StageError(ValueError):
+    """A training that cannot be done in stages, or whose stage failed; one line."""
+
+
+def train_in_stages(arguments: Sequence[str], share: float, epochs: int) -> list[Compaction]:
+    """Run fairseq-train to its end, compacting every few epochs what has died.
+
+    Args:
+        arguments: fairseq-train's own, with ``--max-update`` or ``--max-epoch``.
+        share: compact once at least this share (0 < share <= 1) of the neurons is dead.
+        epochs: epochs (>= 1) of a stage, after which the dead are counted.
+
+    Returns:
+        The compactions that were done, in order.
+
+    Raises:
+        StageError: the arguments do not fit, or fairseq-train failed.
+        CheckpointError: the checkpoint of a stage cannot be compacted.
+    """
+    own = _parse(arguments, epochs)
+    last = Path(own.save_dir, "checkpoint_last.pt")
+    if last.exists() and own.restore_file == "checkpoint_last.pt":
+        raise StageError(
+            f"{last} exists already; choose another --save-dir, or remove what is in it"
+        )
+    done: list[Compaction] = []
+    extra: list[str] = []
+    stage = stage_end = 0
+    while True:
+        stage += 1
+        stage_end = min(stage_end + epochs, own.max_epoch or stage_end + epochs)
+        command = [sys.executable, "-m", "fairseq_cli.train", *arguments, *extra]
+        command += ["--max-epoch", str(stage_end)]
+        logger.info("stage %d: up to epoch %d", stage, stage_end)
+        status = subprocess.run(command).returncode
+        if status:
+            raise StageError(f"fairseq-train failed with exit status {status}; see its output")
+        checkpoint = read_checkpoint(last)
+        updates, epoch = _progress(checkpoint)
+        # A stage that ended before its last epoch was ended by fairseq, such as by --patience.
+        if (
+            (own.max_update and updates >= own.max_update)
+            or (own.max_epoch and epoch >= own.max_epoch)
+            or epoch < stage_end
+        ):
+            return done
+        neurons = count_neurons(checkpoint)["ffn_neurons"]
+        if neurons["pruned"] and neurons["pruned"] >= share * neurons["total"]:
+            result = compact(checkpoint, keep_optimizer=True)
+            write_checkpoint(result.checkpoint, last, force=True)
+            done.append(result)
+            logger.info(
+                "after update %d: %d of %d neurons are dead; going on without them",
+                updates,
+                neurons["pruned"],
+                neurons["total"],
+            )
+            # fairseq takes the architecture from the command line; the last option counts.
+            extra = ["--restore-file", "checkpoint_last.pt"]
+            extra += ["--arch", f"{own.arch.removesuffix('_autosize')}_autosize"]
+            for side, widths in result.widths.items():
+                extra += [f"--{side}-ffn-dims", ",".join(map(str, widths))]
+            if not any(map(any, result.widths.values())):
+                extra += ["--prox", "none"]  # there is nothing left to shrink
+
+
+def _parse(arguments: Sequence[str], epochs: int) -> Namespace:
+    """What the driver needs of fairseq-train's arguments."""
+    parser = ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--arch", "-a")
+    parser.add_argument("--save-dir", default="checkpoints")
+    parser.add_argument("--restore-file", default="checkpoint_last.pt")
+    parser.add_argument("--max-epoch", type=int, default=0)
+    parser.add_argument("--max-update", type=int, default=0)
+    parser.add_argument("--save-interval", type=int, default=1)
+    for flag in (*_NEEDED_IN_CHECKPOINTS, *_RESETS):
+        parser.add_argument(flag, action="store_true")
+    own, _ = parser.parse_known_args(list(arguments))
+    if own.arch is None:
+        raise StageError("--arch: give the architecture, such as --arch transformer")
+    if not (own.max_epoch or own.max_update):
+        raise StageError("--max-update or --max-epoch: give one, so that the training has an end")
+    if epochs % own.save_interval:
+        raise StageError(
+            f"--save-interval {own.save_interval}: a stage of {epochs} epochs must end with a "
+            "checkpoint; choose stages of a multiple of it"
+        )
+    for flag in (*_NEEDED_IN_CHECKPOINTS, *_RESETS):
+        if getattr(own, flag.removeprefix("--").replace("-", "_")):
+            raise StageError(f"{flag}: each stage goes on from the last one's checkpoint; drop it")
+    return own
+
+
+def _progress(checkpoint: dict) -> tuple[int, int]:
+    """(updates, epochs finished) of a checkpoint."""
+    updates = checkpoint["optimizer_history"][-1]["num_updates"]
+    iterator = checkpoint["extra_state"]["train_iterator"]
+    # At the end of an epoch fairseq stores the next one, from its beginning.
+    finished = iterator["epoch"] if iterator.get("iterations_in_epoch") else iterator["epoch"] - 1
+    return updates, finished

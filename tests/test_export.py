@@ -1,0 +1,120 @@
+"""Export to CTranslate2: both engines agree, and what fails leaves nothing behind."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import (
+    TASK,
+    build_language_model,
+    build_model,
+    checkpoint_of,
+    dictionary,
+)
+
+from fairseq_autosize import export
+from fairseq_autosize.compaction import compact
+from fairseq_autosize.export import ExportError, export_ctranslate2
+
+ctranslate2 = pytest.importorskip("ctranslate2")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("dict.xx.txt", "dict.yy.txt", "dict.txt"):
+        dictionary().save(str(folder / name))
+    return folder
+
+
+def translation_checkpoint(data: Path, alive: int = 3, **options):
+    model, args = build_model(task="translation", **options)
+    with torch.no_grad():
+        for layer in (*model.encoder.layers, model.decoder.layers[0]):
+            layer.fc1.weight[alive:] = 0
+            layer.fc1.bias[alive:] = 0.3
+    task = TASK | {"data": str(data), "source_lang": "xx", "target_lang": "yy"}
+    return checkpoint_of(model, args, task)
+
+
+@pytest.mark.parametrize("alive", [0, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"share_all_embeddings": True},
+        {
+            "activation_fn": "gelu",
+            "encoder_normalize_before": True,
+            "decoder_normalize_before": True,
+        },
+    ],
+    ids=["post-norm relu", "pre-norm gelu"],
+)
+def test_both_engines_agree(data, tmp_path, alive, options):
+    checkpoint = translation_checkpoint(data, alive, **options)
+    agreement = export_ctranslate2(checkpoint, tmp_path / "ct2")
+    assert agreement.tokens > 100 and agreement.largest < 1e-4 and agreement.quantized is None
+    translator = ctranslate2.Translator(str(tmp_path / "ct2"), device="cpu")
+    (result,) = translator.translate_batch([["a", "b"]], max_decoding_length=3)
+    assert result.hypotheses
+    for small in (compact(checkpoint), compact(checkpoint, uniform=True)):
+        again = export_ctranslate2(small.checkpoint, tmp_path / "ct2", force=True)
+        assert again.largest < 1e-4
+
+
+def test_language_model(data, tmp_path):
+    model, args = build_language_model(add_bos_token=False)
+    with torch.no_grad():
+        model.decoder.layers[0].fc1.weight.zero_()
+    task = {"_name": "language_modeling", "data": str(data), "add_bos_token": False}
+    checkpoint = checkpoint_of(model, args, task)
+    assert export_ctranslate2(checkpoint, tmp_path / "ct2").largest < 1e-4
+
+
+def test_quantized_model_is_smaller_and_its_difference_is_told(data, tmp_path):
+    checkpoint = translation_checkpoint(data)
+    export_ctranslate2(checkpoint, tmp_path / "float32")
+    agreement = export_ctranslate2(checkpoint, tmp_path / "int8", quantization="int8")
+    assert agreement.quantized > agreement.largest
+    sizes = [(tmp_path / name / "model.bin").stat().st_size for name in ("float32", "int8")]
+    assert sizes[1] < sizes[0]
+
+
+def test_vocabularies_can_be_elsewhere(data, tmp_path):
+    checkpoint = translation_checkpoint(Path("gone"))
+    with pytest.raises(ExportError, match="folder gone does not exist; say with --data-dir"):
+        export_ctranslate2(checkpoint, tmp_path / "ct2")
+    export_ctranslate2(checkpoint, tmp_path / "ct2", data=data)
+    with pytest.raises(ExportError, match=r"do not load from .* \(--data-dir\)"):
+        export_ctranslate2(checkpoint, tmp_path / "other", data=tmp_path)
+
+
+def test_what_exists_is_kept_without_force(data, tmp_path):
+    checkpoint = translation_checkpoint(data)
+    (tmp_path / "ct2").mkdir()
+    (tmp_path / "ct2" / "mine").write_text("mine")
+    with pytest.raises(ExportError, match="exists already; .* --force"):
+        export_ctranslate2(checkpoint, tmp_path / "ct2")
+    assert (tmp_path / "ct2" / "mine").read_text() == "mine"
+
+
+def test_a_wrong_result_is_not_written(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "_difference", lambda *_: 0.01)
+    with pytest.raises(ExportError, match=r"differ by 0\.01 in a token's log probability"):
+        export_ctranslate2(translation_checkpoint(data), tmp_path / "ct2")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data"]
+
+
+def test_what_ctranslate2_cannot_convert_is_refused_with_its_reason(data, tmp_path):
+    checkpoint = translation_checkpoint(data, no_token_positional_embeddings=True)
+    with pytest.raises(ExportError, match="cannot convert the model: .*positional"):
+        export_ctranslate2(checkpoint, tmp_path / "ct2")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data"]
+
+
+def test_without_ctranslate2_the_message_says_what_to_install(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ctranslate2.converters", None)
+    with pytest.raises(ExportError, match="pip install ctranslate2"):
+        export_ctranslate2(translation_checkpoint(data), tmp_path / "ct2")
