@@ -323,15 +323,18 @@ def _add_train_compacting(commands: argparse._SubParsersAction) -> None:
         metavar="N",
         help="epochs of a stage (default: 1)",
     )
+    parser.add_argument("data", metavar="DATA", help="fairseq-train's data folder")
     parser.add_argument(
-        "arguments", nargs=argparse.REMAINDER, metavar="...", help="fairseq-train's arguments"
+        "arguments",
+        nargs=argparse.REMAINDER,
+        metavar="...",
+        help="fairseq-train's options, all after DATA",
     )
     parser.set_defaults(run=_train_compacting)
 
 
 def _train_compacting(arguments: argparse.Namespace) -> None:
-    train = arguments.arguments
-    train = train[1:] if train[:1] == ["--"] else train
+    train = [arguments.data, *arguments.arguments]
     done = train_in_stages(train, arguments.share, arguments.stage_epochs)
     sys.stdout.write(f"trained with {len(done)} compactions\n")
     for result in done:

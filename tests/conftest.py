@@ -66,6 +66,24 @@ def run() -> Runner:
     return checked
 
 
+def plain_fairseq(folder: Path) -> Path:
+    """A --user-dir with which fairseq loads checkpoints and knows nothing of this package.
+
+    Plain fairseq on torch >= 2.6 refuses every checkpoint, its own too; so the list of safe globals
+    is taken from here.
+    """
+    plain = folder / "plain"
+    plain.mkdir()
+    compat = str(USER_DIR / "compat.py")
+    (plain / "__init__.py").write_text(
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('compat', {compat!r})\n"
+        "spec.loader.exec_module(importlib.util.module_from_spec(spec))\n"
+        "assert 'fairseq_autosize' not in sys.modules\n"
+    )
+    return plain
+
+
 def sentences(count: int, seed: int) -> list[tuple[str, str]]:
     """Pairs for a task that takes attention: the target is the source reversed, in other words."""
     chooser = random.Random(seed)

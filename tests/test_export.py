@@ -95,7 +95,7 @@ def test_what_exists_is_kept_without_force(data, tmp_path):
     checkpoint = translation_checkpoint(data)
     (tmp_path / "ct2").mkdir()
     (tmp_path / "ct2" / "mine").write_text("mine")
-    with pytest.raises(ExportError, match="exists already; .* --force"):
+    with pytest.raises(ExportError, match=r"exists already; .* --force"):
         export_ctranslate2(checkpoint, tmp_path / "ct2")
     assert (tmp_path / "ct2" / "mine").read_text() == "mine"
 
@@ -109,7 +109,7 @@ def test_a_wrong_result_is_not_written(data, tmp_path, monkeypatch):
 
 def test_what_ctranslate2_cannot_convert_is_refused_with_its_reason(data, tmp_path):
     checkpoint = translation_checkpoint(data, no_token_positional_embeddings=True)
-    with pytest.raises(ExportError, match="cannot convert the model: .*positional"):
+    with pytest.raises(ExportError, match=r"cannot convert the model: .*positional"):
         export_ctranslate2(checkpoint, tmp_path / "ct2")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_MODEL, TINY_TRAINING, USER_DIR, Runner, run_program
+from conftest import TINY_MODEL, TINY_TRAINING, USER_DIR, Runner, plain_fairseq, run_program
 
 from fairseq_autosize.checkpoint import read_checkpoint
 from fairseq_autosize.groups import FeedForward, dead_neurons, feed_forward_in_state
@@ -326,19 +326,16 @@ def test_one_run_prunes_in_a_plain_fairseq_checkpoint(corpus, run, tmp_path):
         *("fairseq_cli.train", corpus, *AUTOSIZE, *TINY_MODEL, *TINY_TRAINING, *PRUNING),
         *("--save-dir", tmp_path),
     )
-    # Plain fairseq on torch >= 2.6 refuses every checkpoint of its own; only the list of safe
-    # globals is taken from here.
-    plain = tmp_path / "plain"
-    plain.mkdir()
-    compat = str(USER_DIR / "compat.py")
-    (plain / "__init__.py").write_text(
-        "import importlib.util, sys\n"
-        f"spec = importlib.util.spec_from_file_location('compat', {compat!r})\n"
-        "spec.loader.exec_module(importlib.util.module_from_spec(spec))\n"
-        "assert 'fairseq_autosize' not in sys.modules\n"
-    )
     generated = run(
-        *("fairseq_cli.generate", corpus, "--user-dir", plain, "--cpu", "--max-tokens", "400"),
+        *(
+            "fairseq_cli.generate",
+            corpus,
+            "--user-dir",
+            plain_fairseq(tmp_path),
+            "--cpu",
+            "--max-tokens",
+            "400",
+        ),
         *("--path", tmp_path / "checkpoint_last.pt", "--required-batch-size-multiple", "1"),
     ).stdout
     assert len(re.findall(r"^H-\d+\t", generated, re.M)) == 43

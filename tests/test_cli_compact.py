@@ -1,0 +1,251 @@
+"""`fairseq-autosize compact` and the commands around it: as programs, on trained models."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_MODEL, TINY_TRAINING, USER_DIR, plain_fairseq, run_program
+from small_models import build_model, checkpoint_of
+from test_training import LM, PRUNING, logged
+
+from fairseq_autosize.checkpoint import read_checkpoint, write_checkpoint
+from fairseq_autosize.cli import main
+
+COMMAND = Path(sys.executable).with_name("fairseq-autosize")
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    model, args = build_model(encoder_ffn_embed_dim=2000)
+    with torch.no_grad():
+        model.encoder.layers[0].fc1.weight[1000:] = 0
+        model.encoder.layers[0].fc1.bias[1000:] = 0
+    path = tmp_path / "pruned.pt"
+    write_checkpoint(checkpoint_of(model, args), path)
+    return path
+
+
+def failure(capsys: pytest.CaptureFixture, *argv: object) -> str:
+    """The one line on standard error of a command that must end with status 2."""
+    assert main([str(argument) for argument in argv]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    lines = [line for line in output.err.splitlines() if "UserWarning" not in line]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_existing_output_is_kept_without_force(saved, tmp_path, capsys):
+    out = tmp_path / "small.pt"
+    out.write_text("mine")
+    assert "small.pt: exists already" in failure(capsys, "compact", saved, out)
+    assert out.read_text() == "mine"
+    assert main(["compact", str(saved), str(out), "--force"]) == 0
+    assert "encoder.layers.0  2000 -> 1000\n" in capsys.readouterr().out
+    assert out.stat().st_size < 0.8 * saved.stat().st_size
+
+
+def test_truncated_and_missing_inputs(saved, tmp_path, capsys):
+    out = tmp_path / "small.pt"
+    half = tmp_path / "half.pt"
+    half.write_bytes(saved.read_bytes()[: saved.stat().st_size // 2])
+    assert "half.pt: truncated or damaged" in failure(capsys, "compact", half, out)
+    assert "none.pt: cannot read" in failure(capsys, "compact", tmp_path / "none.pt", out)
+    assert not out.exists()
+
+
+def test_diverged_model(saved, tmp_path, capsys):
+    checkpoint = read_checkpoint(saved)
+    checkpoint["model"]["encoder.layers.1.fc1.weight"][3, 3] = float("nan")
+    write_checkpoint(checkpoint, saved, force=True)
+    message = failure(capsys, "compact", saved, tmp_path / "small.pt")
+    assert f"{saved}: encoder.layers.1.fc1.weight holds NaN" in message
+    assert not (tmp_path / "small.pt").exists()
+
+
+def test_full_disk_leaves_what_was_there(saved, tmp_path):
+    out = tmp_path / "small.pt"
+    out.write_text("mine")
+    limited = f"ulimit -f 100; exec {COMMAND} compact {saved} {out} --force"
+    result = subprocess.run(["bash", "-c", limited], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "small.pt: cannot write" in result.stderr and "Traceback" not in result.stderr
+    assert out.read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pruned.pt", "small.pt"]
+
+
+@pytest.mark.parametrize(
+    "options", [["--multiple-of", "0"], ["--multiple-of", "x"], ["--min-width", "-1"]]
+)
+def test_bad_numbers_are_refused_by_name(options, saved, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["compact", str(saved), str(tmp_path / "small.pt"), *options])
+    assert ended.value.code == 2
+    assert f"argument {options[0]}: {options[1]} is not a whole number" in capsys.readouterr().err
+
+
+def test_average_and_its_errors(saved, tmp_path, capsys):
+    out = tmp_path / "mean.pt"
+    assert main(["average", str(out), str(saved), str(saved)]) == 0
+    assert "mean of 2 checkpoints; 3,020 of 4,020 neurons alive" in capsys.readouterr().out
+    assert "exists already" in failure(capsys, "average", out, saved, saved)
+    assert "at least two" in failure(capsys, "average", tmp_path / "one.pt", saved)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data", "--max-epoch", "2"], "--arch: give the architecture"),
+        (["data", "--arch", "transformer"], "--max-update or --max-epoch: give one"),
+        (["data", "--arch", "t", "--max-epoch", "2", "--no-save"], "--no-save: each stage goes on"),
+        (["data", "--arch", "t", "--max-epoch", "2", "--reset-meters"], "--reset-meters: each"),
+        (["data", "--arch", "t", "--max-epoch", "4", "--save-interval", "2"], "--save-interval 2:"),
+    ],
+)
+def test_trainings_that_cannot_go_in_stages(arguments, message, tmp_path, capsys):
+    arguments = [*arguments, "--save-dir", tmp_path]
+    assert message in failure(capsys, "train-compacting", *arguments)
+
+
+def test_stages_do_not_go_on_from_another_training(saved, tmp_path, capsys):
+    saved.rename(tmp_path / "checkpoint_last.pt")
+    arguments = ["data", "--arch", "transformer", "--max-epoch", "1", "--save-dir", tmp_path]
+    assert "checkpoint_last.pt exists already" in failure(capsys, "train-compacting", *arguments)
+
+
+# --- trained models -----------------------------------------------------------------------------
+
+DETERMINISTIC = ["--dropout", "0", "--prox", "l21", "--prox-strength", "5"]
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, run, tmp_path_factory) -> Path:
+    """A checkpoint with some neurons dead, trained without dropout."""
+    folder = tmp_path_factory.mktemp("trained")
+    run(
+        *("fairseq_cli.train", corpus, "--user-dir", USER_DIR, *TINY_MODEL, *TINY_TRAINING),
+        *(*DETERMINISTIC, "--max-update", "40", "--save-dir", folder),
+    )
+    return folder / "checkpoint_last.pt"
+
+
+def compacted(source: Path, target: Path, *options: str) -> str:
+    result = subprocess.run(
+        [COMMAND, "compact", source, target, *options], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def translations(output: str) -> list[str]:
+    """Hypotheses and their scores, in the order of the corpus."""
+    return sorted(re.findall(r"^[HP]-.*$", output, re.M))
+
+
+@pytest.mark.heavy
+def test_compacted_models_translate_the_same(trained, corpus, run, tmp_path):
+    generate = ["fairseq_cli.generate", corpus, "--cpu", "--max-tokens", "400", "--beam", "5"]
+    generate += ["--max-len-b", "10", "--required-batch-size-multiple", "1"]
+    ours = ["--user-dir", USER_DIR]
+    wanted = translations(run(*generate, *ours, "--path", trained).stdout)
+    assert len(wanted) == 2 * 43
+    told = compacted(trained, tmp_path / "small.pt")
+    assert "fairseq-generate DATA --user-dir fairseq_autosize" in told
+    assert translations(run(*generate, *ours, "--path", tmp_path / "small.pt").stdout) == wanted
+    # The uniform one in a fairseq that lacks the package.
+    compacted(trained, tmp_path / "uniform.pt", "--uniform")
+    plain = ["--user-dir", plain_fairseq(tmp_path)]
+    uniform = run(*generate, *plain, "--path", tmp_path / "uniform.pt").stdout
+    assert translations(uniform) == wanted
+
+
+@pytest.mark.heavy
+def test_training_goes_on_as_without_compaction(trained, corpus, run, tmp_path):
+    (tmp_path / "wide").mkdir()
+    shutil.copy(trained, tmp_path / "wide")
+    train = ["fairseq_cli.train", corpus, "--user-dir", USER_DIR, *TINY_TRAINING, *DETERMINISTIC]
+    train += ["--max-update", "90", "--save-dir"]
+    told = compacted(trained, tmp_path / "small.pt", "--keep-optimizer")
+    flags = re.search(r"^train on: .*?(--arch .*) \.\.\.$", told, re.M)[1].split()
+    wide = run(*train, tmp_path / "wide", *TINY_MODEL).stdout
+    small = run(*train, tmp_path / "narrow", *TINY_MODEL, *flags).stdout
+    losses = [[p["loss"] for p in logged(output)] for output in (wide, small)]
+    assert len(losses[0]) == 50
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5, abs=1e-3)  # three decimals are logged
+    ends = [
+        read_checkpoint(tmp_path / name / "checkpoint_last.pt")["extra_state"]["val_loss"]
+        for name in ("wide", "narrow")
+    ]
+    assert ends[1] == pytest.approx(ends[0], rel=1e-5, abs=1e-3)
+
+
+@pytest.mark.heavy
+def test_training_in_stages_ends_where_one_run_ends(corpus, run, tmp_path):
+    train = [corpus, "--user-dir", USER_DIR, *TINY_MODEL, *TINY_TRAINING, *DETERMINISTIC]
+    train += ["--max-update", "30", "--save-dir"]
+    whole = run("fairseq_cli.train", *train, tmp_path / "whole").stdout
+    staged = subprocess.run(
+        [COMMAND, "train-compacting", "--share", "0.05", *train, tmp_path / "staged"],
+        capture_output=True,
+        text=True,
+    )
+    assert staged.returncode == 0, staged.stderr[-4000:]
+    assert re.search(r"^trained with [1-9]", staged.stdout, re.M)
+    last = [logged(output, "valid")[-1] for output in (whole, staged.stdout + staged.stderr)]
+    assert last[1]["valid_num_updates"] == last[0]["valid_num_updates"]
+    assert last[1]["valid_loss"] == pytest.approx(last[0]["valid_loss"], abs=2e-3)
+    assert last[1]["valid_neurons_alive"] == last[0]["valid_neurons_alive"]
+
+
+@pytest.mark.heavy
+def test_language_model_has_the_same_perplexity(lm_corpus, run, tmp_path):
+    run(
+        *("fairseq_cli.train", lm_corpus, "--user-dir", USER_DIR, "--task", "language_modeling"),
+        *(*LM, *TINY_TRAINING, *PRUNING, "--save-dir", tmp_path),
+    )
+    told = compacted(tmp_path / "checkpoint_last.pt", tmp_path / "small.pt")
+    assert "architecture transformer_lm_autosize" in told
+    compacted(tmp_path / "checkpoint_last.pt", tmp_path / "uniform.pt", "--uniform")
+    evaluate = ["fairseq_cli.eval_lm", lm_corpus, "--user-dir", USER_DIR, "--cpu"]
+    evaluate += ["--max-tokens", "400", "--sample-break-mode", "eos"]
+    losses = []
+    for name in ("checkpoint_last.pt", "small.pt", "uniform.pt"):
+        output = run(*evaluate, "--path", tmp_path / name).stdout
+        losses.append(float(re.search(r"Loss \(base 2\): ([\d.]+)", output)[1]))
+    assert losses[1:] == pytest.approx([losses[0]] * 2, abs=1e-4)
+
+
+@pytest.mark.heavy
+def test_export_as_a_program(trained, corpus, tmp_path):
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    export = [COMMAND, "export", trained, tmp_path / "ct2", "--format", "ctranslate2"]
+    result = subprocess.run(
+        [*export, "--quantization", "int8", "--data-dir", corpus], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"differ by at most \d\.\de-0[5-9] in the log probability", result.stdout)
+    assert re.search(r"^with int8 weights by at most", result.stdout, re.M)
+    translator = ctranslate2.Translator(str(tmp_path / "ct2"))
+    assert translator.translate_batch([["ba", "be"]], max_decoding_length=5)[0].hypotheses
+    again = subprocess.run(export, capture_output=True, text=True)
+    assert again.returncode == 2 and "exists already" in again.stderr
+
+
+@pytest.mark.heavy
+def test_uniform_checkpoint_passes_the_stock_converter(trained, corpus, tmp_path):
+    pytest.importorskip("ctranslate2")
+    compacted(trained, tmp_path / "uniform.pt", "--uniform")
+    result = run_program(
+        *("ctranslate2.converters.fairseq", "--model_path", tmp_path / "uniform.pt"),
+        *("--data_dir", corpus, "--user_dir", USER_DIR, "--output_dir", tmp_path / "ct2"),
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert json.loads((tmp_path / "ct2" / "config.json").read_text())
