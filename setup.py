@@ -26,6 +26,7 @@ setup(
         "test": [
             "pytest>=7",
             "pytest-timeout",
+            "pytest-xdist",
             "hypothesis",
             "scipy",
             "ruff",
