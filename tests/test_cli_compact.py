@@ -190,10 +190,19 @@ def test_training_goes_on_as_without_compaction(trained, corpus, run, tmp_path):
 @pytest.mark.heavy
 def test_training_in_stages_ends_where_one_run_ends(corpus, run, tmp_path):
     train = [corpus, "--user-dir", USER_DIR, *TINY_MODEL, *TINY_TRAINING, *DETERMINISTIC]
-    train += ["--max-update", "30", "--save-dir"]
+    train += ["--max-update", "40", "--save-dir"]
     whole = run("fairseq_cli.train", *train, tmp_path / "whole").stdout
     staged = subprocess.run(
-        [COMMAND, "train-compacting", "--share", "0.05", *train, tmp_path / "staged"],
+        [
+            COMMAND,
+            "train-compacting",
+            "--share",
+            "0.01",
+            "--stage-epochs",
+            "3",
+            *train,
+            tmp_path / "staged",
+        ],
         capture_output=True,
         text=True,
     )
