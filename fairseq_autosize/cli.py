@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=_PROG,
-        description="Look at fairseq Transformers that were trained with --prox.",
+        description="Count, shrink and deploy fairseq Transformers that were trained with --prox.",
         epilog=f"example: {_PROG} count checkpoints/checkpoint_best.pt",
     )
     parser.add_argument("--version", action="version", version=f"{_PROG} {__version__}")
