@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint import CheckpointError, printable
+from .checkpoint import CheckpointError, place, printable
 from .groups import dead_neurons, feed_forward_in_state
 
 
@@ -48,16 +48,15 @@ def average(checkpoints: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], l
     made: dict[tuple, torch.Tensor] = {}
     for name, tensor in last.items():
         # Tied parameters stay tied.
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
         if tensor.numel() == 0 or not tensor.is_floating_point():
             mean[name] = tensor
-        elif place in made:
-            mean[name] = made[place]
+        elif place(tensor) in made:
+            mean[name] = made[place(tensor)]
         else:
             total = torch.zeros_like(tensor, dtype=torch.float64)
             for state in states:
                 total += state[name]
-            made[place] = mean[name] = (total / len(states)).to(tensor.dtype)
+            made[place(tensor)] = mean[name] = (total / len(states)).to(tensor.dtype)
     extra = checkpoints[-1].get("extra_state")
     if isinstance(extra, dict):
         extra = {key: value for key, value in extra.items() if not key.startswith("ema")}

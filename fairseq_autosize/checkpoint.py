@@ -202,6 +202,11 @@ def with_settings(
     return {**checkpoint, "cfg": sections}
 
 
+def place(tensor: Tensor) -> tuple:
+    """Where a tensor that has elements lies: the same for tied parameters that share storage."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
 def parameter_names(state: Mapping[str, Tensor]) -> list[str]:
     """Names of the distinct parameters in a state dict, in the order of ``model.parameters()``.
 
@@ -216,10 +221,9 @@ def parameter_names(state: Mapping[str, Tensor]) -> list[str]:
     for name, tensor in state.items():
         if not tensor.is_floating_point() or name.endswith(_BUFFERS):
             continue
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if tensor.numel() and place in seen:
+        if tensor.numel() and place(tensor) in seen:
             continue
-        seen.add(place)
+        seen.add(place(tensor))
         if tensor.dim() >= 2 and bool(tensor.any()):
             data = tensor.contiguous().view(torch.uint8)  # bytes, so that NaN equals itself
             # A few bytes tell nearly all matrices apart.

@@ -1,11 +1,12 @@
 """The `fairseq-autosize` command."""
 
 import argparse
+import contextlib
 import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from . import __version__
 from .averaging import average
@@ -46,6 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Put the file's name before what is wrong with its contents."""
+    try:
+        yield
+    except (CheckpointError, GroupError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=_PROG,
@@ -84,15 +94,13 @@ def _count(arguments: argparse.Namespace) -> None:
     counts = []
     for path in arguments.checkpoints:
         checkpoint = read_checkpoint(path)
-        try:
+        with _naming(path):
             counts.append(count_neurons(checkpoint))
             for name in layers_with_nan(checkpoint):
                 sys.stderr.write(
                     f"{_PROG}: warning: {path}: {printable(name)}: fc1.weight holds NaN; "
                     "neurons with NaN count as alive\n"
                 )
-        except (CheckpointError, GroupError) as error:
-            raise CheckpointError(f"{path}: {error}") from error
     several = len(counts) > 1
     if arguments.json:
         named = [
@@ -151,7 +159,7 @@ def _add_compact(commands: argparse._SubParsersAction) -> None:
 def _compact(arguments: argparse.Namespace) -> None:
     path = arguments.checkpoint
     checkpoint = read_checkpoint(path)
-    try:
+    with _naming(path):
         before = count_neurons(checkpoint)
         result = compact(
             checkpoint,
@@ -165,8 +173,6 @@ def _compact(arguments: argparse.Namespace) -> None:
                 "signature": before["signature"],
             },
         )
-    except (CheckpointError, GroupError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
     write_checkpoint(result.checkpoint, arguments.output, force=arguments.force)
     after = count_neurons(result.checkpoint)["parameters"]["total"]
     sys.stdout.write(_describe(arguments, result, before["parameters"]["total"], after))
@@ -193,17 +199,16 @@ def _describe(arguments: argparse.Namespace, result: Compaction, before: int, af
         f"file: {sizes[0]:,} -> {sizes[1]:,} bytes",
         f"wrote {arguments.output}: architecture {result.arch}",
     ]
-    user_dir = "" if arguments.uniform else " --user-dir fairseq_autosize"
     architecture = [f"--arch {result.arch}"]
-    for side, widths in result.widths.items():
-        if arguments.uniform:
-            architecture.append(f"--{side}-ffn-embed-dim {widths[0]}")
-        else:
-            architecture.append(f"--{side}-ffn-dims {','.join(map(str, widths))}")
+    if arguments.uniform:
+        architecture += [f"--{side}-ffn-embed-dim {w[0]}" for side, w in result.widths.items()]
+    else:
+        architecture += result.width_options()
     start = "--restore-file" if arguments.keep_optimizer else "--finetune-from-model"
     lines += [
         "",
-        f"use it:   fairseq-generate DATA{user_dir} --path {arguments.output} ...",
+        "use it:   fairseq-generate DATA --user-dir fairseq_autosize "
+        f"--path {arguments.output} ...",
         f"train on: fairseq-train DATA --user-dir fairseq_autosize {' '.join(architecture)} "
         f"{start} {arguments.output} ...",
     ]
@@ -278,7 +283,7 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     path = arguments.checkpoint
     checkpoint = read_checkpoint(path)
-    try:
+    with _naming(path):
         result = export_ctranslate2(
             checkpoint,
             arguments.output,
@@ -286,8 +291,6 @@ def _export(arguments: argparse.Namespace) -> None:
             quantization=arguments.quantization,
             force=arguments.force,
         )
-    except (CheckpointError, GroupError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
     lines = [
         f"wrote {arguments.output}",
         f"fairseq and CTranslate2 (float32) differ by at most {result.largest:.1e} in the log "

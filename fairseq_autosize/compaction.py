@@ -22,6 +22,7 @@ from .checkpoint import (
     config_section,
     model_config,
     parameter_names,
+    place,
     printable,
     with_settings,
 )
@@ -97,6 +98,14 @@ class Compaction:
     arch: str
     widths: dict[str, list[int]]
     ema_rows: int
+
+    def width_options(self) -> list[str]:
+        """The options with which fairseq-train builds these widths, for an arch with widths."""
+        return [
+            word
+            for side, widths in self.widths.items()
+            for word in (f"--{side}-ffn-dims", ",".join(map(str, widths)))
+        ]
 
 
 @dataclass(frozen=True)
@@ -296,15 +305,14 @@ def _cut_state(
     result: OrderedDict[str, Tensor] = OrderedDict()
     vars(result).update(getattr(state, "__dict__", {}))  # torch keeps modules' versions there
     for name, tensor in state.items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if tensor.numel() and place in made:
-            result[name] = made[place]
+        if tensor.numel() and place(tensor) in made:
+            result[name] = made[place(tensor)]
         elif name in cuts:
             cut, dim = cuts[name]
             result[name] = cut.apply(tensor, dim)
         else:
             result[name] = replaced.get(name, tensor)
-        made[place] = result[name]
+        made[place(tensor)] = result[name]
     return result
 
 

@@ -82,8 +82,7 @@ def train_in_stages(arguments: Sequence[str], share: float, epochs: int) -> list
             # fairseq takes the architecture from the command line; the last option counts.
             extra = ["--restore-file", "checkpoint_last.pt"]
             extra += ["--arch", f"{own.arch.removesuffix('_autosize')}_autosize"]
-            for side, widths in result.widths.items():
-                extra += [f"--{side}-ffn-dims", ",".join(map(str, widths))]
+            extra += result.width_options()
             if not any(map(any, result.widths.values())):
                 extra += ["--prox", "none"]  # there is nothing left to shrink
 

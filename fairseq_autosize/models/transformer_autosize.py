@@ -22,6 +22,8 @@ from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerL
 from fairseq.tasks import FairseqTask
 from torch import nn
 
+_SIDES = ("encoder", "decoder")
+
 _HELP = (
     "FFN neurons of each {side} layer, first layer first, such as 310,90,0; "
     "default: --{side}-ffn-embed-dim in every layer"
@@ -38,14 +40,16 @@ class TransformerAutosizeModel(TransformerModel):
 
     @classmethod
     def add_args(cls, parser: ArgumentParser) -> None:
+        """The options of ``transformer``, and a width per layer for each side."""
         super().add_args(parser)
-        for side in ("encoder", "decoder"):
+        for side in _SIDES:
             parser.add_argument(
                 f"--{side}-ffn-dims", metavar="N,N,...", help=_HELP.format(side=side)
             )
 
     @classmethod
     def build_model(cls, args: Namespace, task: FairseqTask) -> "TransformerAutosizeModel":
+        """Build the stock model, and then the feed-forward layers of the widths asked for."""
         # Before the stock class forgets them; it changes the number of layers for these.
         kept = {side: getattr(args, f"{side}_layers_to_keep", None) for side in _SIDES}
         model = super().build_model(args, task)
@@ -76,6 +80,7 @@ class TransformerLanguageModelAutosize(TransformerLanguageModel):
 
     @classmethod
     def build_model(cls, args: Any, task: FairseqTask) -> "TransformerLanguageModelAutosize":
+        """Build the stock model, and then the feed-forward layers of the widths asked for."""
         kept = getattr(args, "decoder_layers_to_keep", None)
         model = super().build_model(args, task)
         layers = list(model.decoder.layers.children())
@@ -83,9 +88,6 @@ class TransformerLanguageModelAutosize(TransformerLanguageModel):
         if widths is not None:
             set_widths(layers, widths)
         return model
-
-
-_SIDES = ("encoder", "decoder")
 
 
 def layer_widths(args: Any, side: str, layers: int, kept: str | None = None) -> list[int] | None:
