@@ -5,10 +5,12 @@ threshold below one ulp does nothing at all. So the step acts on the master, and
 the result back.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+import torch
 from fairseq.optim import AMPOptimizer, FairseqBMUF, FairseqOptimizer
 from fairseq.optim.fp16_optimizer import FP16Optimizer, MemoryEfficientFP16Optimizer
 from torch import Tensor, nn
@@ -22,18 +24,45 @@ class Master:
         parameter: the model's parameter.
         tensor: its master copy, of the same shape: the parameter itself, a separate fp32 tensor,
             or a view into a flat fp32 tensor.
-        group_index: position, in ``optimizer.param_groups``, of the group that owns the master.
-            The groups themselves are not kept: loading an optimizer state replaces them.
+        owner: the tensor in the optimizer's groups that holds the master: itself, or a flat one.
+        group_index: position, in ``optimizer.param_groups``, of the group with `owner`. The
+            groups themselves are not kept: loading an optimizer state replaces them.
     """
 
     parameter: nn.Parameter
     tensor: Tensor
+    owner: Tensor
     group_index: int
 
     def copy_back(self) -> None:
         """Write the master into the model's parameter (rounding to its dtype)."""
         if self.tensor is not self.parameter:
             self.parameter.data.copy_(self.tensor)
+
+    def adam_metric(self, optimizer: torch.optim.Optimizer) -> Tensor:
+        """D = (√v + ε) / √(1 − β₂ⁿ): what Adam's step n divided by, like `tensor` in shape.
+
+        Args:
+            optimizer: the torch optimizer that has taken at least one step on `owner`.
+
+        Raises:
+            TypeError: it keeps no second moment for each parameter.
+        """
+        # Not state[...]: it is a defaultdict, and an empty entry would end up in the checkpoint.
+        state = getattr(optimizer, "state", {}).get(self.owner, {})
+        moment = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))  # the first for AMSGrad
+        if moment is None or moment.shape != self.owner.shape:
+            raise TypeError(
+                f"--prox-metric adam: {type(optimizer).__name__} keeps no second moment for each "
+                "parameter; use --optimizer adam, or --prox-metric identity"
+            )
+        if self.owner.shape != self.tensor.shape:
+            start = self.tensor.storage_offset() - self.owner.storage_offset()
+            moment = moment[start : start + self.tensor.numel()].view(self.tensor.shape)
+        group = optimizer.param_groups[self.group_index]
+        steps = state.get("step", group.get("step"))
+        correction = 1 - group["betas"][1] ** float(steps)
+        return (moment.float().sqrt() + group["eps"]) / math.sqrt(correction)
 
 
 def find_masters(
@@ -70,7 +99,7 @@ def find_masters(
     for parameter in parameters:
         if parameter in owners:
             tensor, owner = owners[parameter]
-            masters[parameter] = Master(parameter, tensor, group_of[id(owner)])
+            masters[parameter] = Master(parameter, tensor, owner, group_of[id(owner)])
     return masters
 
 

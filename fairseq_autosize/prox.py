@@ -360,18 +360,16 @@ class Operator:
         prox_: (weight, threshold, bias=None) -> None, in place.
         penalty: (weight, bias=None) -> R(W), a tensor without dimensions.
         dual_norm: (weight, bias=None) -> (rows,); a row becomes zero iff this is ≤ threshold.
+            In a diagonal metric d that holds for the dual norm of d·weight.
+        prox_diagonal: (weight, metric, threshold, bias=None, bias_metric=None) -> the prox in a
+            diagonal metric, not in place.
     """
 
     name: str
     prox_: Callable[..., None]
     penalty: Callable[..., Tensor]
     dual_norm: Callable[..., Tensor]
-
-
-OPERATORS = {
-    "l21": Operator("l21", prox_l21_, penalty_l21, dual_norm_l21),
-    "linf1": Operator("linf1", prox_linf1_, penalty_linf1, dual_norm_linf1),
-}
+    prox_diagonal: Callable[..., Result]
 
 
 # --- operators on entries, on the whole tensor, and other ones on rows ----------------------------
@@ -779,3 +777,9 @@ def prox_linf1_diagonal(
     levels = _newton_levels(excess, t, start, d.amin(1), metric=d)
     levels = torch.where((d * values).sum(1) <= t, 0.0, levels).unsqueeze(1)
     return _split(torch.clamp(w, -levels, levels), weight, bias)
+
+
+OPERATORS = {
+    "l21": Operator("l21", prox_l21_, penalty_l21, dual_norm_l21, prox_l21_diagonal),
+    "linf1": Operator("linf1", prox_linf1_, penalty_linf1, dual_norm_linf1, prox_linf1_diagonal),
+}

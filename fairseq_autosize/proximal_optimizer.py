@@ -1,46 +1,62 @@
 """One training update with a proximal step: fairseq's optimizer first, then the prox on masters."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from fairseq.optim import FairseqOptimizer
+from torch import Tensor
 
 from .groups import FeedForward
 from .masters import Master, find_masters
 from .prox import Operator
+from .strength import Goal, Plan, threshold_toward
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Target:
-    """The masters of one layer's groups."""
+class GroupShape:
+    """What belongs to a neuron's group, and how its size is measured.
 
-    weight: Master
-    bias: Master | None
+    Attributes:
+        bias: fc1's bias belongs to it.
+        fc2: its column of fc2 belongs to it.
+        adam: sizes and steps are those in Adam's metric, not the plain ones.
+    """
+
+    bias: bool = True
+    fc2: bool = False
+    adam: bool = False
 
 
 class ProximalOptimizer:
     """Wraps an optimizer that fairseq has built; its `step` ends with proximal steps.
 
     An update minimises loss + strength * penalty by forward-backward splitting: the inner
-    optimizer takes its step on the loss, then each layer's fc1 gets
+    optimizer takes its step on the loss, then each layer's groups W get
 
         argmin_X 1/2 ||X - W||^2 + t * penalty(X),   t = strength * step size,
 
-    on its fp32 masters, and the result is copied back into the model. Rows whose dual norm is at
+    on their fp32 masters, and the result is copied back into the model. Rows whose dual norm is at
     most t become exactly zero. (Parikh and Boyd 2014, section 4.2; Murray et al. 2019.)
+
+    With a goal, t is such that just as many groups are dead at the freeze: of the groups in the
+    order of their dual norms, the last one that has to die must lose that norm until then. The
+    last update before the freeze zeroes what is left of them. From the freeze on, the dead are
+    held at zero and the others train without shrinkage.
 
     It holds references into `optimizer` and must be rebuilt when fairseq builds a new one.
 
     Args:
         optimizer: the trainer's optimizer.
         layers: the blocks to shrink; those that the optimizer does not own (frozen parameters)
-            are left alone and listed in `frozen`.
+            are left alone and listed in `frozen_layers`.
         operator: from `prox.OPERATORS`.
-        strength: lambda >= 0.
-        step_size: a constant, or None for the current learning rate of the parameter's group.
-        include_bias: whether fc1's bias is part of the group.
-        start_update: updates before this one take no proximal step.
+        plan: when and how strongly.
+        shape: what a group is.
     """
 
     def __init__(
@@ -48,30 +64,32 @@ class ProximalOptimizer:
         optimizer: FairseqOptimizer,
         layers: Sequence[FeedForward],
         operator: Operator,
-        strength: float,
-        step_size: float | None = None,
-        include_bias: bool = True,
-        start_update: int = 0,
+        plan: Plan,
+        shape: GroupShape = GroupShape(),
     ) -> None:
         self.optimizer = optimizer
         self.operator = operator
-        self.strength = strength
-        self.step_size = step_size
-        self.start_update = start_update
+        self.plan = plan
+        self.shape = shape
+        self.goal: Goal | None = None
         self.threshold = 0.0  # the largest one of the last update, for the log
+        self.strength = plan.strength  # of the last update
+        self._frozen_at = plan.freeze_update
+        self._quiet = 0  # updates since something died or came back
+        self._held: list[Tensor] | None = None
         parameters = [
-            p for layer in layers for p in (layer.fc1_weight, layer.fc1_bias) if p is not None
+            parameter
+            for layer in layers
+            for parameter in (layer.fc1_weight, layer.fc1_bias, layer.fc2_weight)
+            if parameter is not None
         ]
         masters = find_masters(optimizer, parameters)
-        self.frozen = [layer.name for layer in layers if layer.fc1_weight not in masters]
-        self._targets = [
-            _Target(
-                masters[layer.fc1_weight],
-                masters.get(layer.fc1_bias) if include_bias else None,
-            )
-            for layer in layers
-            if layer.fc1_weight in masters
+        self.layers = [layer for layer in layers if layer.fc1_weight in masters]
+        self.frozen_layers = [layer.name for layer in layers if layer.fc1_weight not in masters]
+        self._groups = [
+            _Groups(layer, masters, optimizer, operator, shape) for layer in self.layers
         ]
+        self._dead = self._dead_masks() if plan.patience is not None else []
 
     def step(self, update_num: int) -> None:
         """Step the inner optimizer, then take the proximal steps of update `update_num`.
@@ -79,50 +97,214 @@ class ProximalOptimizer:
         Args:
             update_num: updates done so far, as fairseq counts them; the first update has 0.
         """
+        if self.is_frozen(update_num) and self._held is None:
+            self._freeze(update_num)  # before the optimizer's momentum moves the dead
         self.optimizer.step()
-        if update_num < self.start_update:
-            return
         self.threshold = 0.0
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        for target in self._targets:
-            eta = rates[target.weight.group_index] if self.step_size is None else self.step_size
-            if eta is None:  # such as Adafactor with its relative step
-                raise TypeError(
-                    f"--prox-step-size schedule: {type(self.optimizer).__name__} has no learning "
-                    "rate to follow; give the optimizer one, or --prox-step-size a constant"
-                )
-            threshold = self.strength * eta
-            self.threshold = max(self.threshold, threshold)
-            bias = target.bias
-            self.operator.prox_(
-                target.weight.tensor, threshold, bias=None if bias is None else bias.tensor
-            )
-            target.weight.copy_back()
-            if bias is not None:
-                bias.copy_back()
+        if self._held is not None:
+            for groups, dead in zip(self._groups, self._held, strict=True):
+                groups.zero(dead)
+        elif update_num >= self.plan.start_update:
+            self._shrink(update_num)
+            if self.plan.patience is not None:
+                self._watch(update_num)
 
-    def dual_norms(self) -> torch.Tensor:
+    def is_frozen(self, update_num: int) -> bool:
+        """Whether update `update_num` shrinks nothing any more."""
+        return self._frozen_at is not None and update_num >= self._frozen_at
+
+    def held(self) -> dict[str, Tensor]:
+        """The dead (int64 indices) that a freeze holds, by the layers' names."""
+        if self._held is None:
+            return {}
+        return {layer.name: dead for layer, dead in zip(self.layers, self._held, strict=True)}
+
+    def _shrink(self, update_num: int) -> None:
+        if self.goal is None:
+            for groups in self._groups:
+                threshold = self.plan.strength * self._step_size(groups)
+                groups.shrink(threshold)
+                self.threshold = max(self.threshold, threshold)
+            return
+        left = self._frozen_at - update_num
+        if left <= 1:
+            self._cut()
+            return
+        norm = self._norm_to_lose()
+        self.threshold = threshold_toward(norm, left)
+        for groups in self._groups:
+            groups.shrink(self.threshold)
+        rate = max(self._rate(groups) or 0.0 for groups in self._groups)
+        self.strength = self.threshold / rate if rate else None
+
+    def _rate(self, groups: "_Groups") -> float | None:
+        # A composite optimizer has a generator here.
+        return list(self.optimizer.param_groups)[groups.weight.group_index]["lr"]
+
+    def _step_size(self, groups: "_Groups") -> float:
+        eta = self._rate(groups) if self.plan.step_size is None else self.plan.step_size
+        if eta is None:  # such as Adafactor with its relative step
+            raise TypeError(
+                f"--prox-step-size schedule: {type(self.optimizer).__name__} has no learning "
+                "rate to follow; give the optimizer one, or --prox-step-size a constant"
+            )
+        return eta
+
+    def _ranking(self) -> tuple[Tensor, Tensor, int]:
+        """All dual norms, their groups' order from small to large, and how many have to die."""
+        norms = self.dual_norms()
+        order = norms.argsort(stable=True)
+        costs = torch.cat(
+            [
+                norms.new_full((groups.count,), cost)
+                for groups, cost in zip(self._groups, self.goal.costs, strict=True)
+            ]
+        )
+        removed = costs[order].double().cumsum(0)
+        number = int((removed < self.goal.amount).sum()) + 1 if self.goal.amount > 0 else 0
+        return norms, order, min(number, len(norms))
+
+    def _norm_to_lose(self) -> float:
+        norms, order, number = self._ranking()
+        return float(norms[order[number - 1]]) if number else 0.0
+
+    def _cut(self) -> None:
+        """Zero exactly the groups that have to die, those of the smallest dual norms."""
+        _, order, number = self._ranking()
+        chosen = torch.zeros(len(order), dtype=torch.bool, device=order.device)
+        chosen[order[:number]] = True
+        counts = [groups.count for groups in self._groups]
+        for groups, dead in zip(self._groups, chosen.split(counts), strict=True):
+            groups.zero(dead.nonzero().flatten())
+
+    def _freeze(self, update_num: int) -> None:
+        if self.goal is not None and update_num > self._frozen_at:
+            # A run resumed beyond its freeze; where it got there by itself, nothing is left to cut.
+            self._cut()
+        self._held = [dead.nonzero().flatten() for dead in self._dead_masks()]
+        logger.info(
+            "frozen after update %d: %d of %d groups are dead and stay so; the others are not "
+            "shrunk any more",
+            update_num,
+            sum(map(len, self._held)),
+            sum(groups.count for groups in self._groups),
+        )
+
+    def _watch(self, update_num: int) -> None:
+        """Freeze once the set of the dead has been the same for long enough."""
+        dead = self._dead_masks()
+        same = all(map(torch.equal, dead, self._dead)) and any(bool(mask.any()) for mask in dead)
+        self._quiet = self._quiet + 1 if same else 0
+        self._dead = dead
+        if self._quiet >= self.plan.patience:
+            self._frozen_at = update_num + 1
+
+    def state(self) -> dict[str, int]:
+        """What a resumed run needs beside the parameters; plain numbers."""
+        state = {"prox_quiet_updates": self._quiet}
+        if self._frozen_at is not None:
+            state["prox_frozen_at"] = self._frozen_at
+        return state
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`, as `state()` gave it; a freeze update in the plan comes first."""
+        self._quiet = state.get("prox_quiet_updates", 0)
+        if self._frozen_at is None:
+            self._frozen_at = state.get("prox_frozen_at")
+
+    def _dead_masks(self) -> list[Tensor]:
+        return [groups.dead() for groups in self._groups]
+
+    @torch.no_grad()
+    def dual_norms(self) -> Tensor:
         """What the operator compares with the threshold, for every group; shape (groups,)."""
-        with torch.no_grad():
-            return torch.cat(
-                [
-                    self.operator.dual_norm(
-                        target.weight.tensor,
-                        bias=None if target.bias is None else target.bias.tensor,
-                    )
-                    for target in self._targets
-                ]
-            )
+        return torch.cat([groups.dual_norms() for groups in self._groups])
 
+    @torch.no_grad()
     def penalty(self) -> float:
         """The penalty R(W) summed over the layers, not multiplied by the strength."""
-        with torch.no_grad():
-            return float(
-                sum(
-                    self.operator.penalty(
-                        target.weight.tensor,
-                        bias=None if target.bias is None else target.bias.tensor,
-                    )
-                    for target in self._targets
-                )
-            )
+        return float(sum(self.operator.penalty(*groups.joined()) for groups in self._groups))
+
+
+class _Groups:
+    """The groups of one layer, on the masters."""
+
+    def __init__(
+        self,
+        layer: FeedForward,
+        masters: Mapping[Any, Master],
+        optimizer: FairseqOptimizer,
+        operator: Operator,
+        shape: GroupShape,
+    ) -> None:
+        self.weight = masters[layer.fc1_weight]
+        self.bias = masters.get(layer.fc1_bias) if shape.bias else None
+        self.fc2 = masters.get(layer.fc2_weight) if shape.fc2 else None
+        self.count = layer.fc1_weight.shape[0]
+        self._optimizer = optimizer
+        self._operator = operator
+        self._adam = shape.adam
+
+    def joined(self) -> tuple[Tensor, Tensor | None]:
+        """(groups, entries) and the bias; the first is a copy where it has columns of fc2."""
+        bias = None if self.bias is None else self.bias.tensor
+        if self.fc2 is None:
+            return self.weight.tensor, bias
+        return torch.cat([self.weight.tensor, self.fc2.tensor.t()], dim=1), bias
+
+    def _metric(self) -> tuple[Tensor, Tensor | None]:
+        """Adam's metric, in the shapes of `joined`."""
+        inner = self._optimizer.optimizer
+        bias = None if self.bias is None else self.bias.adam_metric(inner)
+        metric = self.weight.adam_metric(inner)
+        if self.fc2 is not None:
+            metric = torch.cat([metric, self.fc2.adam_metric(inner).t()], dim=1)
+        return metric, bias
+
+    def dual_norms(self) -> Tensor:
+        weight, bias = self.joined()
+        if self._adam:
+            metric, bias_metric = self._metric()
+            weight, bias = metric * weight, None if bias is None else bias_metric * bias
+        return self._operator.dual_norm(weight, bias=bias)
+
+    @torch.no_grad()
+    def shrink(self, threshold: float) -> None:
+        weight, bias = self.joined()
+        if self._adam:
+            metric, bias_metric = self._metric()
+            result = self._operator.prox_diagonal(weight, metric, threshold, bias, bias_metric)
+            weight, bias = (result, None) if bias is None else result
+            if self.bias is not None:
+                self.bias.tensor.copy_(bias)
+        else:
+            self._operator.prox_(weight, threshold, bias=bias)
+        if self._adam or self.fc2 is not None:  # `weight` is a copy
+            columns = self.weight.tensor.shape[1]
+            self.weight.tensor.copy_(weight[:, :columns])
+            if self.fc2 is not None:
+                self.fc2.tensor.copy_(weight[:, columns:].t())
+        self._copy_back()
+
+    @torch.no_grad()
+    def zero(self, rows: Tensor) -> None:
+        """Make some groups (int64 indices) exactly zero."""
+        if not len(rows):
+            return
+        self.weight.tensor.index_fill_(0, rows, 0)
+        if self.bias is not None:
+            self.bias.tensor.index_fill_(0, rows, 0)
+        if self.fc2 is not None:
+            self.fc2.tensor.index_fill_(1, rows, 0)
+        self._copy_back()
+
+    def dead(self) -> Tensor:
+        """Which groups are zero, all entries of them; shape (groups,)."""
+        weight, bias = self.joined()
+        alive = (weight != 0).any(dim=1)
+        return ~(alive if bias is None else alive | (bias != 0))
+
+    def _copy_back(self) -> None:
+        for master in (self.weight, self.bias, self.fc2):
+            if master is not None:
+                master.copy_back()

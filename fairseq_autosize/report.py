@@ -36,7 +36,7 @@ def count_neurons(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     for layer in feed_forward_in_state(state):
         total = layer.fc1_weight.shape[0]
         pruned = int(dead_neurons(layer.fc1_weight).sum())
-        removable += pruned * _parameters_per_neuron(layer)
+        removable += pruned * parameters_per_neuron(layer)
         layers.append({"name": layer.name, "kind": layer.kind, **_tally([(total, pruned)])})
     parameters = sum(state[name].numel() for name in parameter_names(state))
     return {
@@ -57,10 +57,9 @@ def signature(settings: Mapping[str, Any]) -> str:
     """The settings behind a printed number, in one line in sacrebleu's manner.
 
     Args:
-        settings: ``prox``, ``prox_strength``, ``prox_step_size``, ``prox_groups``, ``prox_bias``,
-            ``prox_start_update``, ``seed`` and ``updates``. Without ``prox`` the training is
-            unknown; a strength of None is the default; seed and updates are left out where they
-            are absent or None.
+        settings: the ``prox*`` options, ``seed`` and ``updates``. Without ``prox`` the training
+            is unknown; a strength of None is the default; seed, updates and options that change
+            nothing by default are left out where they are absent or have that default.
 
     Returns:
         Such as ``prox:l21|strength:1.0|step:schedule|groups:ffn|bias:yes|start:0|seed:1|
@@ -69,14 +68,25 @@ def signature(settings: Mapping[str, Any]) -> str:
     """
     fields = {"prox": settings.get("prox", "unknown")}
     if fields["prox"] not in ("none", "unknown"):
-        strength = settings.get("prox_strength")
+        targets = {name: settings.get(f"prox_target_{name}") for name in ("sparsity", "parameters")}
+        targets = {name: share for name, share in targets.items() if share is not None}
+        if targets:
+            fields |= targets
+        else:
+            strength = settings.get("prox_strength")
+            fields["strength"] = "default" if strength is None else strength
+            fields["step"] = settings.get("prox_step_size", "schedule")
+        if settings.get("prox_metric", "identity") != "identity":
+            fields["metric"] = settings["prox_metric"]
         fields |= {
-            "strength": "default" if strength is None else strength,
-            "step": settings.get("prox_step_size", "schedule"),
             "groups": settings.get("prox_groups", "ffn"),
             "bias": "yes" if settings.get("prox_bias", True) else "no",
-            "start": settings.get("prox_start_update", 0),
         }
+        if settings.get("prox_couple"):
+            fields["couple"] = "yes"
+        fields["start"] = settings.get("prox_start_update", 0)
+        if settings.get("prox_freeze_update") is not None:
+            fields["freeze"] = settings["prox_freeze_update"]
     fields |= {key: settings[key] for key in ("seed", "updates") if settings.get(key) is not None}
     fields |= {
         "zero": "exact",
@@ -126,7 +136,8 @@ def format_count(count: Mapping[str, Any]) -> str:
     )
 
 
-def _parameters_per_neuron(layer: FeedForward) -> int:
+def parameters_per_neuron(layer: FeedForward) -> int:
+    """What compaction removes with one neuron: 2d + 1, or 2d where fc1 has no bias."""
     bias = 0 if layer.fc1_bias is None else 1
     return layer.fc1_weight.shape[1] + bias + layer.fc2_weight.shape[0]
 
@@ -149,21 +160,24 @@ def _settings(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         "seed": config_section(checkpoint, "common").get("seed"),
         "updates": last.get("num_updates") if isinstance(last, dict) else None,
     }
+    recorded = _recorded(checkpoint)
     if settings["prox_strength"] is None:
-        settings["prox_strength"] = _recorded_strength(checkpoint)
+        settings["prox_strength"] = recorded.get("prox_strength")
+    if "prox_frozen_at" in recorded:
+        settings["prox_freeze_update"] = recorded["prox_frozen_at"]
     return {
         key: value for key, value in settings.items() if isinstance(value, str | int | float | bool)
     }
 
 
-def _recorded_strength(checkpoint: Mapping[str, Any]) -> Any:
-    """The strength that a default resolved to, which the task saves under its class' name."""
+def _recorded(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the task has saved under its class' name, such as what a default resolved to."""
     extra_state = checkpoint.get("extra_state")
     if isinstance(extra_state, dict):
         for value in extra_state.values():
-            if isinstance(value, dict) and "prox_strength" in value:
-                return value["prox_strength"]
-    return None
+            if isinstance(value, dict) and any(str(key).startswith("prox_") for key in value):
+                return value
+    return {}
 
 
 def _row(name: str, tally: Mapping[str, int]) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
-"""How strong the proximal steps are: default strengths and when they kill. Plain numbers only."""
+"""How strong the proximal steps are, when they kill, and the way to a size. Plain numbers only."""
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 # Strength when --prox-strength is not given; docs/results.md has the runs that chose it.
 DEFAULT_L21_STRENGTH = 1.0
@@ -50,3 +51,53 @@ def death_updates(dual_norms: Sequence[float], thresholds: Iterable[float]) -> l
         if not pending:
             break
     return result
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When the proximal steps shrink, and how strongly.
+
+    Attributes:
+        strength: lambda >= 0; the threshold of an update is lambda times the step size. None with
+            a `Goal`, which sets the thresholds.
+        step_size: a constant eta, or None for the learning rate.
+        start_update: updates (>= 0) without shrinkage at the beginning.
+        freeze_update: updates after which nothing is shrunk any more and the dead stay dead; None
+            for never, or where `patience` decides.
+        patience: freeze after so many updates in which nothing died or came back, once something
+            has died; None to wait for none.
+    """
+
+    strength: float | None = None
+    step_size: float | None = None
+    start_update: int = 0
+    freeze_update: int | None = None
+    patience: int | None = None
+
+
+@dataclass(frozen=True)
+class Goal:
+    """How much is to be dead at the freeze.
+
+    Attributes:
+        amount: what the groups that die must add up to, at least.
+        costs: what one group of a layer counts, a number > 0 for each layer: 1 where `amount` is
+            a number of groups, or its parameters.
+    """
+
+    amount: float
+    costs: tuple[int, ...]
+
+
+def threshold_toward(dual_norm: float, updates_left: int) -> float:
+    """The threshold of this update, if a row is to be zero when the updates have run out.
+
+    Feedback makes it a controller without gains or memory: what gradients have added to the norm
+    since the last update is spread over the updates that are left. A row shrunk so does not die
+    before the last of them, so that no more rows die than those below it.
+
+    Args:
+        dual_norm: of the row now, after the optimizer's step.
+        updates_left: this one included, >= 1.
+    """
+    return dual_norm / updates_left

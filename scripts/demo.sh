@@ -48,7 +48,7 @@ if [[ ! -f $out/data/prepare.json ]]; then
 fi
 python "$root/scripts/experiment.py" "$out/data" "$out" --runs dense "$prox" --jobs 2 "${recipe[@]}"
 
-run=$out/${prox/:/-}
+run=$out/${prox//[:@+=]/-}
 printf '\nNeurons of the auto-sized model, layer by layer:\n'
 fairseq-autosize count "$run/checkpoint_last.pt"
 cat <<EOF

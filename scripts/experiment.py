@@ -5,8 +5,10 @@
 
 DATA is a folder made by prepare_data.py. A run is `dense` (no prox, the FFN width of --ffn),
 `dense:WIDTH` (another width; 0 is a model without FFN neurons), or an operator with an optional
-strength: `l21`, `l21:1.5`, `linf1:12`. `like:RUN` is a dense model whose uniform width gives it
-the parameters that RUN has left; it is trained last. All runs get the same number of updates.
+strength or target sparsity: `l21`, `l21:1.5`, `linf1:12`, `l21@0.5`. Other --prox options follow
+after plus signs: `l21@0.5+couple+freeze-update=900`, `l21:1+no-bias`. `like:RUN` is a dense model
+whose uniform width gives it the parameters that RUN has left; it is trained last. All runs get
+the same number of updates.
 
 Each run has a folder OUT/RUN with its logs, its last checkpoint and result.json; finished runs
 are not repeated; one that was stopped half way starts over, so that its time and its curve are
@@ -36,7 +38,11 @@ from fairseq_autosize.prox import OPERATORS
 from fairseq_autosize.report import count_neurons
 
 USER_DIR = Path(fairseq_autosize.__file__).parent
-RUN = re.compile(rf"dense(:\d+)?|({'|'.join(OPERATORS)})(:\d+(\.\d+)?)?|like:\S+")
+_OPTION = r"\+(?P<option>[a-z-]+)(=(?P<value>[^+]+))?"
+RUN = re.compile(
+    rf"dense(:(?P<width>\d+))?|(?P<operator>{'|'.join(OPERATORS)})((?P<sign>[:@])(?P<number>[\d.]+))?"
+    rf"(?P<options>(\+[a-z-]+(=[^+]+)?)*)|like:\S+"
+)
 
 logger = logging.getLogger("experiment")
 
@@ -47,13 +53,16 @@ class ExperimentError(Exception):
 
 def train_options(run: str, args: argparse.Namespace) -> list[str]:
     """fairseq-train's options for a run, without data and folders."""
-    kind, _, value = run.partition(":")
-    width = str(args.ffn)
-    prox = ["--prox", "none"]
-    if kind == "dense":
-        width = value or width
-    else:
-        prox = ["--prox", kind, *(["--prox-strength", value] if value else [])]
+    match = RUN.fullmatch(run)
+    width = match["width"] or str(args.ffn)
+    prox = ["--prox", match["operator"] or "none"]
+    if match["number"]:
+        option = {":": "--prox-strength", "@": "--prox-target-sparsity"}[match["sign"]]
+        prox += [option, match["number"]]
+    for found in re.finditer(_OPTION, match["options"] or ""):
+        name = found["option"]
+        prox += [f"--no-prox-{name[3:]}" if name.startswith("no-") else f"--prox-{name}"]
+        prox += [found["value"]] if found["value"] else []
     sides = ("encoder", "decoder")
     model = [
         *(word for side in sides for word in (f"--{side}-layers", str(args.layers))),
@@ -121,7 +130,7 @@ def history(log: Path) -> list[dict[str, float]]:
 
 def perform(run: str, data: Path, record: dict, args: argparse.Namespace) -> dict:
     """Train, translate and score one run; returns what goes into result.json."""
-    folder = args.out / run.replace(":", "-")
+    folder = args.out / re.sub(r"[:@+=]", "-", run)
     result_file = folder / "result.json"
     options = train_options(run, args)
     if result_file.exists():
@@ -192,10 +201,10 @@ def uniform_width(result: dict) -> int:
 
 def by_kind_and_value(result: dict) -> tuple[str, float]:
     """Sort key: dense models from wide to none, then each operator from weak to strong."""
-    kind, _, value = result["run"].partition(":")
-    if kind == "dense":
-        return kind, -float(value or "inf")
-    return kind, float(value or 0)
+    match = RUN.fullmatch(result["run"])
+    if match["operator"] is None:
+        return "dense", -float(match["width"] or "inf")
+    return match["operator"] + match["options"], float(match["number"] or 0)
 
 
 def table(results: list[dict]) -> str:
@@ -263,7 +272,7 @@ def parse_args() -> argparse.Namespace:
     for run in args.runs:
         if not RUN.fullmatch(run):
             parser.error(
-                f"--runs {run}: give dense[:WIDTH], l21[:STRENGTH], linf1[:..] or like:RUN"
+                f"--runs {run}: give dense[:WIDTH], l21[:STRENGTH], l21@SHARE, linf1... or like:RUN"
             )
         if run.startswith("like:") and run.removeprefix("like:") not in args.runs:
             parser.error(f"--runs {run}: {run.removeprefix('like:')} is not among the runs")

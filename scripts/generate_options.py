@@ -33,7 +33,9 @@ TAIL = """
 | you want to | set |
 |---|---|
 | prune with the paper's l2,1 or linf,1 regulariser | `--prox l21` or `--prox linf1` |
-| fewer neurons, or more | `--prox-strength`, larger or smaller; by factors of 1.5 at most |
+| a certain share of the neurons gone | `--prox-target-sparsity 0.5` |
+| a certain share of the parameters gone | `--prox-target-parameters 0.3` |
+| let the loss decide how many neurons it needs | `--prox-strength`, by factors of 1.5 at most, and `--prox-freeze-update auto` |
 | leave the decoder (or the encoder) alone | `--prox-groups encoder-ffn` (or `decoder-ffn`) |
 | let the model learn before anything shrinks | `--prox-start-update N` |
 | repeat a ProxGradPytorch run | `--prox-step-size` its `lr`, `--prox-strength` its `reg` |
@@ -75,7 +77,9 @@ def page() -> str:
         if field.name.startswith("_"):
             continue
         flag = "--" + field.name.replace("_", "-")
-        default = "by operator" if field.default is None else f"`{field.default}`"
+        default = f"`{field.default}`"
+        if field.default is None:
+            default = "by operator" if field.name == "prox_strength" else "none"
         rows.append(f"| `{flag}` | {default} | {field.metadata['help']} |")
     return HEAD + "\n".join(rows) + "\n" + TAIL
 

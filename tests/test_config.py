@@ -17,7 +17,7 @@ def settings(**options: object) -> Settings:
 
 
 def test_defaults():
-    assert settings() == Settings("none", None, None, ("ffn",), True, 0)
+    assert settings() == Settings("none", None, None, ("ffn",))
 
 
 def test_values_are_read():
@@ -28,8 +28,22 @@ def test_values_are_read():
         prox_groups="encoder-ffn, decoder-ffn",
         prox_bias=False,
         prox_start_update=7,
+        prox_freeze_update="auto",
+        prox_freeze_patience=30,
+        prox_couple=True,
+        prox_metric="adam",
     )
-    assert read == Settings("linf1", 0.0, 0.1, ("encoder-ffn", "decoder-ffn"), False, 7)
+    assert read == Settings(
+        "linf1",
+        0.0,
+        0.1,
+        ("encoder-ffn", "decoder-ffn"),
+        bias=False,
+        start_update=7,
+        patience=30,
+        couple=True,
+        adam_metric=True,
+    )
 
 
 @pytest.mark.parametrize(
@@ -45,6 +59,35 @@ def test_values_are_read():
         ({"prox_groups": "ffn,heads"}, "--prox-groups ffn,heads: 'heads' is not one of ffn"),
         ({"prox_groups": ""}, "--prox-groups : '' is not one of"),
         ({"prox_start_update": -1}, "--prox-start-update -1: must be a number of updates >= 0"),
+        ({"prox_freeze_update": "soon"}, "--prox-freeze-update soon: must be a number of updates"),
+        ({"prox_freeze_update": "-3"}, "--prox-freeze-update -3: must be"),
+        (
+            {"prox_freeze_update": "5", "prox_start_update": 5},
+            "--prox-freeze-update 5: must come after --prox-start-update 5",
+        ),
+        ({"prox_freeze_patience": 0}, "--prox-freeze-patience 0: must be a number"),
+        ({"prox_target_sparsity": 0.0}, "--prox-target-sparsity 0.0: must be a share between"),
+        ({"prox_target_sparsity": 1.0}, "--prox-target-sparsity 1.0: must be a share between"),
+        ({"prox_target_parameters": float("nan")}, "--prox-target-parameters nan: must be a"),
+        ({"prox_target_sparsity": 0.5}, "--prox-target-sparsity 0.5 does not go with --prox none"),
+        (
+            {"prox": "l21", "prox_target_sparsity": 0.5, "prox_target_parameters": 0.5},
+            "--prox-target-sparsity 0.5 does not go with --prox-target-parameters",
+        ),
+        (
+            {"prox": "l21", "prox_target_sparsity": 0.5, "prox_strength": 1.0},
+            "--prox-target-sparsity 0.5 does not go with --prox-strength 1.0",
+        ),
+        (
+            {"prox": "l21", "prox_target_sparsity": 0.5, "prox_step_size": "0.1"},
+            "--prox-target-sparsity 0.5 does not go with --prox-step-size 0.1",
+        ),
+        (
+            {"prox": "l21", "prox_target_parameters": 0.5, "prox_freeze_update": "auto"},
+            "--prox-target-parameters 0.5 does not go with --prox-freeze-update auto",
+        ),
+        ({"prox_metric": "newton"}, "--prox-metric newton: choose one of identity, adam"),
+        ({"prox": "l21", "prox_metric": "adam"}, "--prox-metric adam has no default strength"),
     ],
 )
 def test_bad_values_are_refused_by_flag_and_value(options, message):
@@ -77,6 +120,34 @@ def test_modes_that_would_go_wrong_are_refused_by_flag(key, value, flag):
     OmegaConf.update(cfg, key, value, force_add=True)
     with pytest.raises(ConfigError, match=f"--prox does not work with {flag} yet"):
         check_training_mode(cfg)
+
+
+@pytest.mark.parametrize(
+    ("options", "max_update", "freeze"),
+    [
+        ({}, 0, None),
+        ({"prox_freeze_update": "7"}, 0, 7),
+        ({"prox_freeze_update": "auto"}, 100, None),
+        ({"prox_target_sparsity": 0.5}, 100, 60),
+        ({"prox_target_sparsity": 0.5, "prox_freeze_update": "100"}, 100, 100),
+        ({"prox_target_parameters": 0.5, "prox_freeze_update": "7"}, 0, 7),
+    ],
+)
+def test_when_the_freeze_comes(options, max_update, freeze):
+    assert settings(prox="l21", **options).freeze_of(max_update) == freeze
+
+
+@pytest.mark.parametrize(
+    ("options", "max_update", "message"),
+    [
+        ({}, 0, r"--prox-target-sparsity 0\.5: by when\? Give --prox-freeze-update, or --max-upd"),
+        ({"prox_start_update": 60}, 100, r"--prox-start-update 60: .* ends after 60 updates"),
+    ],
+)
+def test_targets_need_an_end(options, max_update, message):
+    chosen = settings(prox="l21", prox_target_sparsity=0.5, **options)
+    with pytest.raises(ConfigError, match=message):
+        chosen.freeze_of(max_update)
 
 
 def test_linf1_has_no_default_strength_for_groups_of_different_sizes():

@@ -14,7 +14,8 @@ from torch import nn
 from fairseq_autosize.groups import dead_neurons, feed_forward_in_model
 from fairseq_autosize.masters import find_masters
 from fairseq_autosize.prox import OPERATORS
-from fairseq_autosize.proximal_optimizer import ProximalOptimizer
+from fairseq_autosize.proximal_optimizer import GroupShape, ProximalOptimizer
+from fairseq_autosize.strength import Plan
 
 LEARNING_RATE = 0.25
 
@@ -102,7 +103,7 @@ def test_step_is_the_inner_step_and_then_the_prox(mode, operator, monkeypatch):
     twin, twin_optimizer = build(mode, monkeypatch)
     strength = 2.4 if operator == "l21" else 4.0
     proximal = ProximalOptimizer(
-        optimizer, feed_forward_in_model(model), OPERATORS[operator], strength
+        optimizer, feed_forward_in_model(model), OPERATORS[operator], Plan(strength)
     )
     x = torch.linspace(-1, 1, 12, dtype=next(model.parameters()).dtype).view(3, 4)
     for some_model, some_optimizer, step in (
@@ -135,7 +136,7 @@ def test_half_precision_needs_the_master(monkeypatch):
     """Thresholds far below half an ulp of the fp16 weights add up on the masters."""
     model, optimizer = build("fp16", monkeypatch)
     layers = feed_forward_in_model(model)
-    proximal = ProximalOptimizer(optimizer, layers, OPERATORS["l21"], strength=1.0, step_size=1e-5)
+    proximal = ProximalOptimizer(optimizer, layers, OPERATORS["l21"], Plan(1.0, 1e-5))
     before = proximal.dual_norms()
     for update in range(100):
         optimizer.zero_grad()
@@ -157,10 +158,8 @@ def test_options_of_the_step(monkeypatch):
         optimizer,
         layers,
         OPERATORS["l21"],
-        strength=100.0,
-        step_size=1.0,
-        include_bias=False,
-        start_update=2,
+        Plan(strength=100.0, step_size=1.0, start_update=2),
+        GroupShape(bias=False),
     )
     for update, dead in ((0, 0), (1, 0), (2, 6)):
         proximal.step(update)
@@ -184,7 +183,7 @@ def test_every_parameter_group_has_its_own_learning_rate(monkeypatch):
     optimizer = build_fairseq_optimizer(cfg, list(model.parameters()))
     for group, lr in zip(optimizer.param_groups, (0.0, 9.0), strict=True):
         group["lr"] = lr
-    ProximalOptimizer(optimizer, feed_forward_in_model(model), OPERATORS["l21"], 1.0).step(0)
+    ProximalOptimizer(optimizer, feed_forward_in_model(model), OPERATORS["l21"], Plan(1.0)).step(0)
     assert [int(dead_neurons(x.fc1.weight).sum()) for x in (first, second)] == [0, 6]
 
 
@@ -193,9 +192,11 @@ def test_frozen_layers_are_left_alone_and_named(monkeypatch):
     model.encoder.layers[0].requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_fairseq_optimizer(whole_config().optimizer, trained)
-    proximal = ProximalOptimizer(optimizer, feed_forward_in_model(model), OPERATORS["l21"], 100.0)
+    proximal = ProximalOptimizer(
+        optimizer, feed_forward_in_model(model), OPERATORS["l21"], Plan(100.0)
+    )
     proximal.step(0)
-    assert proximal.frozen == ["encoder.layers.0"]
+    assert proximal.frozen_layers == ["encoder.layers.0"]
     dead = [int(dead_neurons(x.fc1_weight).sum()) for x in feed_forward_in_model(model)]
     assert dead == [0, 6]
 
@@ -205,7 +206,7 @@ def test_optimizer_without_a_learning_rate_needs_a_constant(monkeypatch):
     layers = feed_forward_in_model(model)
     optimizer.param_groups[0]["lr"] = 0.1
     optimizer.zero_grad()
-    proximal = ProximalOptimizer(optimizer, layers, OPERATORS["l21"], 1.0)
+    proximal = ProximalOptimizer(optimizer, layers, OPERATORS["l21"], Plan(1.0))
     optimizer.step = lambda: None  # as Adafactor with a relative step: the group has no rate
     optimizer.param_groups[0]["lr"] = None
     with pytest.raises(TypeError, match=r"--prox-step-size schedule: .* has no learning rate"):

@@ -3,8 +3,9 @@
 import itertools
 import logging
 from argparse import ArgumentParser
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from torch import nn
 from ..config import AutosizeConfig, ConfigError, Settings, add_bias_flags, check_training_mode
 from ..groups import FeedForward, dead_neurons, feed_forward_in_model, has_slope_at_zero
 from ..prox import OPERATORS
-from ..proximal_optimizer import ProximalOptimizer
-from ..report import signature
-from ..strength import death_updates, default_strength
+from ..proximal_optimizer import GroupShape, ProximalOptimizer
+from ..report import parameters_per_neuron, signature
+from ..strength import Goal, Plan, death_updates, default_strength
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,8 @@ class AutosizeMixin(FairseqTask):
     _proximal: ProximalOptimizer | None = None
     _layers: list[FeedForward]
     _strength: float | None = None
+    _totals: tuple[int, int] | None = None  # groups and parameters before anything was removed
+    _restored: Mapping[str, Any] = MappingProxyType({})
     _meters: tuple[str, ...] = ()
     _counts: tuple[int, dict[str, float]] | None = None  # (update, what was counted then)
     _update_num: int = 0
@@ -76,6 +79,7 @@ class AutosizeMixin(FairseqTask):
         if self.settings.prox != "none":
             if self._whole_config is not None:
                 check_training_mode(self._whole_config)
+                self.settings.freeze_of(self._max_update)
             feed_forward_in_model(model, self.settings.groups)
         elif ignored := [name for name in _OPTIONS if name != "prox" and self._is_set(name)]:
             flags = ", ".join("--" + name.replace("_", "-") for name in ignored)
@@ -118,15 +122,54 @@ class AutosizeMixin(FairseqTask):
         self._update_num = update_num + 1
         self._log_counts()
 
-    def valid_step(self, sample: Any, model: nn.Module, criterion: nn.Module) -> Any:
+    @property
+    def uses_ema(self) -> bool:
+        """Whether fairseq hands the stored moving average (--store-ema) to the steps."""
+        return self.settings.prox != "none"
+
+    def train_step(self, *args: Any, ema_model: nn.Module | None = None, **kwargs: Any) -> Any:
+        """As fairseq's. After a freeze the dead are zero in the moving average, too."""
+        if ema_model is not None and self._proximal is not None:
+            self._zero_held(ema_model)
+        return super().train_step(*args, **kwargs)
+
+    def valid_step(
+        self, sample: Any, model: nn.Module, criterion: nn.Module, ema_model: Any = None
+    ) -> Any:
         self._log_counts()
         return super().valid_step(sample, model, criterion)
 
+    @torch.no_grad()
+    def _zero_held(self, model: nn.Module) -> None:
+        own = {layer.name: layer for layer in feed_forward_in_model(model, self.settings.groups)}
+        for name, dead in self._proximal.held().items():
+            own[name].fc1_weight.index_fill_(0, dead, 0)
+            if self.settings.bias and own[name].fc1_bias is not None:
+                own[name].fc1_bias.index_fill_(0, dead, 0)
+
     def get_checkpoint_dict(self) -> dict[str, Any]:
         """State for the checkpoint's extra_state; fairseq looks it up under the class' name."""
-        if self._strength is None:
-            return {}
-        return {type(self).__name__: {"prox_strength": self._strength}}
+        if self._proximal is None:
+            return {type(self).__name__: dict(self._restored)} if self._restored else {}
+        groups, parameters = self._totals
+        state = {
+            "prox_groups": ",".join(self.settings.groups),
+            "prox_groups_before": groups,
+            "prox_parameters_before": parameters,
+            **self._proximal.state(),
+        }
+        if self._strength is not None:
+            state["prox_strength"] = self._strength
+        return {type(self).__name__: state}
+
+    def set_checkpoint_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `get_checkpoint_dict` gave; fairseq calls it when a run is resumed."""
+        self._restored = state
+
+    @property
+    def _max_update(self) -> int:
+        root = self._whole_config
+        return (root.optimization.max_update or 0) if root is not None else 0
 
     def _default_strength(self) -> float:
         sizes = {layer.fc1_weight.shape[1] + int(self.settings.bias) for layer in self._layers}
@@ -149,7 +192,7 @@ class AutosizeMixin(FairseqTask):
                 f"--prox {settings.prox}: the feed-forward layers have no neurons to shrink"
             )
         self._strength = settings.strength
-        if self._strength is None:
+        if self._strength is None and not settings.has_target:
             self._strength = self._default_strength()
         sloping = {
             getattr(layer.activation, "__name__", str(layer.activation))
@@ -162,30 +205,67 @@ class AutosizeMixin(FairseqTask):
                 "back; the count goes up and down. With --activation-fn relu they stay dead",
                 ", ".join(sorted(sloping)),
             )
-        proximal = ProximalOptimizer(
-            optimizer,
-            self._layers,
-            OPERATORS[settings.prox],
+        plan = Plan(
             strength=self._strength,
             step_size=settings.step_size,
-            include_bias=settings.bias,
             start_update=settings.start_update,
+            freeze_update=settings.freeze_of(self._max_update),
+            patience=settings.patience,
         )
-        if len(proximal.frozen) == len(self._layers):
+        shape = GroupShape(bias=settings.bias, fc2=settings.couple, adam=settings.adam_metric)
+        operator = OPERATORS[settings.prox]
+        proximal = ProximalOptimizer(optimizer, self._layers, operator, plan, shape)
+        if not proximal.layers:
             raise ConfigError(
                 f"--prox {settings.prox}: all layers of --prox-groups "
                 f"{','.join(settings.groups)} are frozen, so there is nothing to shrink"
             )
-        if proximal.frozen:
-            logger.warning("frozen, so not auto-sized: %s", ", ".join(proximal.frozen))
+        if proximal.frozen_layers:
+            logger.warning("frozen, so not auto-sized: %s", ", ".join(proximal.frozen_layers))
+        before = self._restored if self._proximal is None else self._proximal.state()
+        proximal.restore(before)
+        self._set_goal(proximal, model)
         sides = dict.fromkeys(layer.kind.removesuffix("-ffn") for layer in self._layers)
         self._meters = (
             *(f"{key}_{state}" for key in ("neurons", *sides) for state in ("alive", "pruned")),
             "prox_threshold",
             "prox_penalty",
+            *(["prox_strength"] if proximal.goal is not None else []),
         )
         self._log_start(proximal, update_num)
         return proximal
+
+    def _set_goal(self, proximal: ProximalOptimizer, model: nn.Module) -> None:
+        """Tell the optimizer how much has to die; what a compaction has removed counts as dead."""
+        settings = self.settings
+        groups = sum(layer.fc1_weight.shape[0] for layer in proximal.layers)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        if self._totals is None:
+            same = self._restored.get("prox_groups") == ",".join(settings.groups)
+            restored = self._restored if same else {}
+            self._totals = (
+                restored.get("prox_groups_before", groups),
+                restored.get("prox_parameters_before", parameters),
+            )
+        groups_before, parameters_before = self._totals
+        if settings.target_sparsity is not None:
+            amount = round(settings.target_sparsity * groups_before) - (groups_before - groups)
+            proximal.goal = Goal(amount, (1,) * len(proximal.layers))
+        elif settings.target_parameters is not None:
+            share = settings.target_parameters
+            costs = tuple(map(parameters_per_neuron, proximal.layers))
+            largest = sum(
+                c * x.fc1_weight.shape[0] for c, x in zip(costs, proximal.layers, strict=True)
+            )
+            amount = share * parameters_before - (parameters_before - parameters)
+            if amount > largest:
+                most = (largest + parameters_before - parameters) / parameters_before
+                raise ConfigError(
+                    f"--prox-target-parameters {share}: the feed-forward layers of --prox-groups "
+                    f"{','.join(settings.groups)} have {most:.3f} of the model's parameters; ask "
+                    "for less, or make the embeddings smaller"
+                )
+            proximal.goal = Goal(amount, costs)
 
     def _log_start(self, proximal: ProximalOptimizer, update_num: int) -> None:
         """Say what is being shrunk, how long a neuron lives, and the settings in one line."""
@@ -194,18 +274,38 @@ class AutosizeMixin(FairseqTask):
             logger.info(
                 "%s: %s neurons in layers 1 to %d", kind, " ".join(map(str, widths)), len(widths)
             )
-        norms = proximal.dual_norms().tolist()
-        logger.info(
-            "%d groups (rows of fc1 %s bias); strength %g",
-            len(norms),
-            "with" if self.settings.bias else "without",
-            proximal.strength,
-        )
-        logger.info(self._lifetime(proximal, norms, update_num))
+        parts = "rows of fc1 " + ("with" if self.settings.bias else "without") + " bias"
+        if self.settings.couple:
+            parts += ", and columns of fc2"
+        number = sum(layer.fc1_weight.shape[0] for layer in proximal.layers)
+        if proximal.goal is None:
+            logger.info("%d groups (%s); strength %g", number, parts, self._strength)
+            if not self.settings.adam_metric:  # which comes with the first gradients
+                logger.info(self._lifetime(proximal, update_num))
+        else:
+            wanted = self.settings.target_sparsity
+            logger.info(
+                "%d groups (%s); %s after %d updates",
+                number,
+                parts,
+                f"{proximal.goal.amount:d} of them dead"
+                if wanted is not None
+                else f"{proximal.goal.amount:,.0f} parameters removable",
+                self.settings.freeze_of(self._max_update),
+            )
+        freeze = self.settings.freeze_of(self._max_update) or 0
+        if proximal.goal is not None and 0 < self._max_update < freeze:
+            logger.warning(
+                "--max-update %d ends this run before --prox-freeze-update %d, when the target is "
+                "reached; resume it with more updates",
+                self._max_update,
+                freeze,
+            )
         logger.info("signature: %s", self._signature())
 
-    def _lifetime(self, proximal: ProximalOptimizer, norms: list[float], update_num: int) -> str:
+    def _lifetime(self, proximal: ProximalOptimizer, update_num: int) -> str:
         """When neurons without gradient would die under this strength and schedule."""
+        norms = proximal.dual_norms().tolist()
         smallest, median, largest = (
             float(q) for q in torch.tensor(norms).quantile(torch.tensor([0.0, 0.5, 1.0]))
         )
@@ -217,7 +317,7 @@ class AutosizeMixin(FairseqTask):
                 "rates) exceeds its norm; this schedule does not tell beforehand when"
             )
         thresholds = [
-            proximal.strength * rate if update >= self.settings.start_update else 0.0
+            self._strength * rate if update >= self.settings.start_update else 0.0
             for update, rate in enumerate(rates)
         ][update_num:]
         deaths = death_updates([smallest, median, largest], thresholds)
@@ -236,7 +336,7 @@ class AutosizeMixin(FairseqTask):
     def _learning_rates(self) -> Iterator[float] | None:
         """The step sizes of updates 0, 1, ... as far as planned; None where no plan exists."""
         root = self._whole_config
-        horizon = (root.optimization.max_update if root is not None else 0) or HORIZON
+        horizon = self.settings.freeze_update or self._max_update or HORIZON
         if self.settings.step_size is not None:
             return itertools.repeat(self.settings.step_size, horizon)
         if root is None or root.lr_scheduler._name not in PLANNED_SCHEDULES:
@@ -254,6 +354,8 @@ class AutosizeMixin(FairseqTask):
             {
                 **{name: getattr(task, name) for name in _OPTIONS},
                 "prox_strength": self._strength,
+                "prox_freeze_update": self.settings.freeze_of(self._max_update)
+                or task.prox_freeze_update,
                 "seed": None if root is None else root.common.seed,
             }
         )
@@ -277,6 +379,8 @@ class AutosizeMixin(FairseqTask):
                 counts[f"{key}_alive"] += layer.fc1_weight.shape[0] - pruned
         counts["prox_threshold"] = self._proximal.threshold
         counts["prox_penalty"] = round(self._proximal.penalty(), 3)
+        if "prox_strength" in counts:
+            counts["prox_strength"] = self._proximal.strength or 0.0
         self._counts = (self._update_num, counts)
         return counts
 

@@ -1,0 +1,99 @@
+"""Targets and the freeze through fairseq's real programs, judged by the saved checkpoints."""
+
+import re
+import subprocess
+
+import pytest
+import torch
+from conftest import TINY_MODEL, TINY_TRAINING, run_program
+from test_cli_compact import COMMAND
+from test_training import AUTOSIZE, assert_same_checkpoints, count_dead, layers_of, logged
+
+from fairseq_autosize.checkpoint import read_checkpoint
+from fairseq_autosize.groups import dead_neurons, feed_forward_in_state
+from fairseq_autosize.report import count_neurons
+
+pytestmark = pytest.mark.heavy
+
+TRAIN = ("fairseq_cli.train", *AUTOSIZE, *TINY_MODEL, *TINY_TRAINING)
+
+
+def test_target_is_met_and_interrupted_training_equals_uninterrupted(corpus, run, tmp_path):
+    """Interrupted on the way to the target, and again after the freeze."""
+    train = (*TRAIN, corpus, "--prox", "linf1", "--prox-target-sparsity", "0.6", "--store-ema")
+    train += ("--prox-freeze-update", "24")
+    whole = run(*train, "--max-update", "40", "--save-dir", tmp_path / "whole").stdout
+    first, _, last = (
+        run(*train, "--max-update", end, "--save-dir", tmp_path / "parts").stdout
+        for end in (13, 33, 40)
+    )
+    checkpoint = tmp_path / "whole" / "checkpoint_last.pt"
+    assert_same_checkpoints(checkpoint, tmp_path / "parts" / "checkpoint_last.pt")
+
+    assert count_dead(checkpoint) == (58, 96)
+    points = {int(p["num_updates"]): p for p in logged(whole)}
+    assert all(p["neurons_pruned"] <= 58 for p in points.values())
+    assert [points[n]["neurons_pruned"] for n in (24, 32, 40)] == [58] * 3
+    assert points[12]["prox_strength"] > 0 and points[12]["prox_threshold"] > 0
+    assert points[30]["prox_threshold"] == 0
+    warning = "ends this run before --prox-freeze-update 24, when the target is reached"
+    assert warning in first and warning not in last
+    assert "96 groups (rows of fc1 with bias); 58 of them dead after 24 updates" in whole
+    for output, update in ((whole, 24), (last, 33)):
+        assert f"frozen after update {update}: 58 of 96 groups are dead and stay so" in output
+    # The average is zero where the model is, too.
+    averages = feed_forward_in_state(read_checkpoint(checkpoint)["extra_state"]["ema"])
+    for layer, average in zip(layers_of(checkpoint), averages, strict=True):
+        assert torch.equal(dead_neurons(layer.fc1_weight), dead_neurons(average.fc1_weight))
+    assert "|sparsity:0.6|" in count_neurons(read_checkpoint(checkpoint))["signature"]
+
+
+def test_target_in_parameters_with_everything_on(corpus, run, tmp_path):
+    """Half precision, gelu, coupled groups, Adam's metric; the default freeze."""
+    output = run(
+        *(*TRAIN, corpus, "--prox", "l21", "--prox-target-parameters", "0.15", "--max-update", 40),
+        *("--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", "1", "--activation-fn", "gelu"),
+        *("--prox-couple", "--prox-metric", "adam", "--save-dir", tmp_path),
+    ).stdout
+    assert "frozen after update 24: " in output
+    count = count_neurons(read_checkpoint(tmp_path / "checkpoint_last.pt"))
+    before, after = count["parameters"]["total"], count["parameters"]["compact"]
+    assert 0 <= before - after - 0.15 * before < 33, "the last neuron that is needed, and no more"
+    assert "|parameters:0.15|metric:adam|groups:ffn|bias:yes|couple:yes|" in count["signature"]
+    for layer in layers_of(tmp_path / "checkpoint_last.pt"):
+        dead = dead_neurons(layer.fc1_weight)
+        assert bool((layer.fc2_weight[:, dead] == 0).all())
+
+
+def test_target_counts_what_compaction_has_removed(corpus, run, tmp_path):
+    """Training in stages: the share is one of the neurons that there were at the start."""
+    command = [COMMAND, "train-compacting", "--share", "0.2", corpus, *TRAIN[1:]]
+    command += ["--prox", "l21", "--prox-target-sparsity", "0.7", "--prox-freeze-update", "24"]
+    command += ["--max-update", "40", "--save-dir", tmp_path]
+    output = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert output.returncode == 0, output.stderr[-3000:]
+    assert "trained with" in output.stdout
+    left = sum(layer.fc1_weight.shape[0] for layer in layers_of(tmp_path / "checkpoint_last.pt"))
+    dead, total = count_dead(tmp_path / "checkpoint_last.pt")
+    assert left == total < 96
+    assert total - dead == 96 - 67
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--prox", "l21", "--prox-target-sparsity", "0.5", "--max-epoch", "1"],
+            r"--prox-target-sparsity 0.5: by when\? Give --prox-freeze-update, or --max-update",
+        ),
+        (
+            ["--prox", "l21", "--prox-target-parameters", "0.9", "--max-update", "2"],
+            r"--prox-target-parameters 0.9: the feed-forward layers of --prox-groups ffn have 0\.",
+        ),
+    ],
+)
+def test_targets_that_cannot_be_met_end_the_start(options, message, corpus, tmp_path):
+    result = run_program(*TRAIN, corpus, *options, "--save-dir", tmp_path)
+    assert result.returncode != 0
+    assert re.search(message, result.stdout.strip().splitlines()[-1])
+    assert not list(tmp_path.glob("*.pt"))
