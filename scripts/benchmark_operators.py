@@ -17,7 +17,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
 
@@ -203,24 +203,25 @@ def part_training_iwslt(rounds: int) -> list[dict]:
 
 
 def cpu_name() -> str:
+    """The processor's name where the system tells it."""
     info = Path("/proc/cpuinfo")
     names = [
         line.split(":", 1)[1].strip()
         for line in (info.read_text().splitlines() if info.exists() else [])
         if line.startswith("model name")
     ]
-    return names[0] if names else platform.processor()
+    return names[0] if names else platform.processor() or platform.machine()
 
 
-def print_table(rows: list[dict]) -> None:
+def table(rows: Iterable[dict]) -> str:
+    """A Markdown table; every row is a dict of column -> value."""
+    rows = list(rows)
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    print("\n| " + " | ".join(columns) + " |")
-    print("|" + "---|" * len(columns))
+    lines = [columns, ["---"] * len(columns)]
     for row in rows:
         cells = (row.get(column, "") for column in columns)
-        print(
-            "| " + " | ".join(f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells) + " |"
-        )
+        lines.append([f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main() -> None:
@@ -255,7 +256,7 @@ def main() -> None:
     }
     for part in arguments.parts:
         results[part] = runs[part]()
-        print_table(results[part])
+        print(f"\n{table(results[part])}")
     if arguments.output:
         arguments.output.write_text(json.dumps(results, indent=1) + "\n")
 

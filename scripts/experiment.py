@@ -30,6 +30,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import sacrebleu
+from benchmark_operators import cpu_name
 from prepare_data import REMOVE_BPE
 
 import fairseq_autosize
@@ -312,7 +313,7 @@ def main() -> int:
         summary = {
             "data": record,
             "command": shlex.join(["python", "scripts/experiment.py", *sys.argv[1:]]),
-            "machine": {"processor": processor(), "jobs": args.jobs, "threads a run": 1},
+            "machine": {"processor": cpu_name(), "jobs": args.jobs, "threads a run": 1},
             "versions": {
                 "python": platform.python_version(),
                 "fairseq_autosize": fairseq_autosize.__version__,
@@ -328,14 +329,6 @@ def main() -> int:
                     print(f"{result['run']} {split} {name} {score['score']} {score['signature']}")
         print(f"\nall results: {args.out / 'results.json'}")
     return 1 if failed else 0
-
-
-def processor() -> str:
-    """The processor's name where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file() and (match := re.search(r"model name\s*: (.*)", info.read_text())):
-        return match[1]
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

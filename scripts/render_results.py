@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Put the tables and figures of docs/results/*.json into docs/results.md.
+"""Put the tables of docs/results/*.json into the pages docs/*.md, and draw the figures.
 
     python scripts/render_results.py [--check]
 
-Each JSON file is the results.json of one scripts/experiment.py. Its table replaces what stands in
-the page between `<!-- table NAME -->` and `<!-- end -->`; NAME is the file's name without `.json`.
-The figure NAME.png shows the neurons alive over the updates. --check writes nothing and fails if
-a table on the page is not up to date.
+Each JSON file is the results.json of one scripts/experiment.py, or what scripts/bench_inference.py
+wrote (`"kind": "inference"`). Its tables replace what stands in a page between
+`<!-- table NAME -->` and `<!-- end -->`; NAME is the file's name without `.json`. For an experiment
+the figure NAME.png shows the neurons alive over the updates. --check writes nothing and fails if a
+table on a page is not up to date.
 """
 
 import argparse
@@ -16,16 +17,27 @@ import re
 import sys
 from pathlib import Path
 
+import bench_inference
 from experiment import by_kind_and_value, table
 
-PAGE = Path(__file__).parent.parent / "docs" / "results.md"
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 def section(path: Path) -> str:
     """The Markdown between the markers for one file of results."""
     summary = json.loads(path.read_text(encoding="utf-8"))
-    results, machine = summary["results"], summary["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+    machine = summary["machine"]
+    if summary.get("kind") == "inference":
+        return "\n".join(
+            [
+                bench_inference.tables(summary),
+                "",
+                f"- `{summary['command']}`",
+                f"- {machine['processor']}, threads a process: {machine['threads']}. {versions}.",
+            ]
+        )
+    results = summary["results"]
     signatures = {
         score["signature"] for result in results for score in result["scores"]["test"].values()
     }
@@ -48,7 +60,7 @@ def page(text: str) -> str:
     """The page with every table replaced; a marker without a file of results is an error."""
 
     def replace(match: re.Match) -> str:
-        path = PAGE.parent / "results" / f"{match[1]}.json"
+        path = DOCS / "results" / f"{match[1]}.json"
         return f"<!-- table {match[1]} -->\n{section(path)}\n<!-- end -->"
 
     return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", replace, text, flags=re.S)
@@ -59,6 +71,8 @@ def draw(path: Path) -> None:
     from matplotlib import pyplot
 
     summary = json.loads(path.read_text(encoding="utf-8"))
+    if "kind" in summary:  # no experiment
+        return
     curves = {
         result["run"]: sorted(
             (p["update"], p["neurons_alive"]) for p in result["history"] if "neurons_alive" in p
@@ -84,19 +98,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", action="store_true", help="only check the tables on the page")
+    parser.add_argument("--check", action="store_true", help="only check the tables on the pages")
     check = parser.parse_args().check
     logging.getLogger().setLevel(logging.WARNING)  # fairseq has opened the root logger wide
-    old = PAGE.read_text(encoding="utf-8")
-    new = page(old)
-    if check and new != old:
-        print(f"{PAGE} is not up to date: run scripts/render_results.py", file=sys.stderr)
-        return 1
+    stale = False
+    for path in sorted(DOCS.glob("*.md")):
+        old = path.read_text(encoding="utf-8")
+        new = page(old)
+        if new != old and check:
+            print(f"{path} is not up to date: run scripts/render_results.py", file=sys.stderr)
+            stale = True
+        elif new != old:
+            path.write_text(new, encoding="utf-8")
     if not check:
-        PAGE.write_text(new, encoding="utf-8")
-        for path in sorted((PAGE.parent / "results").glob("*.json")):
+        for path in sorted((DOCS / "results").glob("*.json")):
             draw(path)
-    return 0
+    return int(stale)
 
 
 if __name__ == "__main__":

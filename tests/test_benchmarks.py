@@ -1,0 +1,118 @@
+"""The benchmark of compacted models: what it counts, what it writes, how it fails."""
+
+import importlib
+import json
+import subprocess
+import sys
+from argparse import Namespace
+
+import pytest
+import torch
+from conftest import ROOT
+from fairseq.sequence_generator import SequenceGenerator
+from small_models import build_model, dictionary
+from torch.utils.flop_counter import FlopCounterMode
+
+SCRIPTS = ROOT / "scripts"
+
+
+@pytest.fixture
+def bench_inference(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module("bench_inference")
+
+
+def counted_products(counter: FlopCounterMode) -> int:
+    """Multiply-adds in products with weights; those of attention itself are batched ones."""
+    flops = {str(operator): n for operator, n in counter.get_flop_counts()["Global"].items()}
+    return sum(flops.get(f"aten.{name}", 0) for name in ("mm", "addmm")) // 2
+
+
+@pytest.fixture
+def small_model():
+    model, _ = build_model(share_all_embeddings=True, decoder_layers=3)
+    return model.eval()
+
+
+def test_multiply_adds_of_a_forward(bench_inference, small_model):
+    source, target, sentences = 7, 5, 3
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        tokens = torch.full((sentences, source), 5)
+        small_model(tokens, torch.full((sentences,), source), torch.full((sentences, target), 6))
+    expected = bench_inference.multiply_adds(small_model.state_dict(), source, target)
+    assert counted_products(counter) == sentences * expected
+
+
+@pytest.mark.parametrize("beam", [1, 3])
+def test_multiply_adds_of_a_beam_search(bench_inference, small_model, beam):
+    source, target = 7, 5
+    words = dictionary()
+    lengths = {"min_len": target - 1, "max_len_b": target - 1}
+    generator = SequenceGenerator([small_model], words, beam_size=beam, **lengths)
+    sample = {"src_tokens": torch.full((1, source), 5), "src_lengths": torch.tensor([source])}
+    with FlopCounterMode(display=False) as counter:
+        generator.generate([small_model], {"net_input": sample})
+    expected = bench_inference.multiply_adds(small_model.state_dict(), source, target, beam, beam)
+    assert counted_products(counter) == expected
+
+
+def test_a_failing_worker_is_told_with_its_reason(bench_inference, tmp_path):
+    pytest.importorskip("ctranslate2")
+    variant = bench_inference.Variant("50", tmp_path / "gone", {})
+    args = Namespace(length=5, vocab_size=50, seed=1)
+    worker = bench_inference.Worker("CTranslate2 int8", variant, args, tmp_path / "log")
+    with pytest.raises(
+        bench_inference.BenchmarkError,
+        match=r"^CTranslate2 int8, 50 % kept: exit 1: RuntimeError: .*gone.*\n    Traceback",
+    ):
+        worker.ask({"beam": 1, "batch": 1, "calls": 1})
+    worker.close()
+
+
+def test_results_are_not_overwritten(bench_inference, monkeypatch, tmp_path, capsys):
+    output = tmp_path / "results.json"
+    output.write_text("mine")
+    monkeypatch.setattr(sys, "argv", ["bench_inference.py", "--output", str(output)])
+    with pytest.raises(SystemExit):
+        bench_inference.parse_args()
+    assert "exists already; add --force" in capsys.readouterr().err
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(1200)  # 13 processes
+def test_program_measures_all_engines(monkeypatch, tmp_path):
+    pytest.importorskip("ctranslate2")
+    sizes = "--layers 1 --dim 16 --ffn 16 --heads 2 --vocab-size 50".split()
+    work = "--length 4 --tokens 20 --rounds 1 --sentences 1 --kept 50 0 --as-zeros 50".split()
+    output = tmp_path / "results.json"
+    command = [sys.executable, SCRIPTS / "bench_inference.py", *sizes, *work, "--output", output]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(output.read_text())
+    found = {(m["engine"], m["setting"], m["kept"]): m for m in results["measurements"]}
+    settings = [f"{search}, batch {size}" for search in ("beam 5", "greedy") for size in (1, 32)]
+    engines = dict.fromkeys(("fairseq", "CTranslate2 float32", "CTranslate2 int8"), settings)
+    engines["fairseq training"] = ["update"]
+    expected = {
+        (engine, setting, kept)
+        for engine, names in engines.items()
+        for setting in names
+        for kept in ("100", "50", "0", *(["50 as zeros"] if engine == "fairseq" else []))
+    }
+    assert set(found) == expected
+    for (engine, _, kept), m in found.items():
+        ratio = m["ratio"]
+        assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"] and m["tokens_per_second"] > 0
+        if kept == "100":
+            assert (set(ratio.values()), m["limit"]) == ({1.0}, 1.0)
+        assert (m["limit"] > 1) == (kept in ("50", "0")), (engine, kept)
+    disk = {(s["engine"], s["kept"]): s["disk_bytes"] for s in results["sizes"]}
+    for engine in engines:
+        assert disk[engine, "0"] < disk[engine, "50"] < disk[engine, "100"]
+    # Without torch in its process.
+    peaks = {s["engine"]: s["peak_bytes"] for s in results["sizes"]}
+    assert 10e6 < peaks["CTranslate2 int8"] < 100e6 < peaks["fairseq"]
+
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    section = importlib.import_module("render_results").section(output)
+    assert section.startswith(done.stdout.strip()) and "`python scripts/bench_inf" in section
