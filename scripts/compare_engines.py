@@ -20,10 +20,11 @@ import shlex
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import ctranslate2
 import sacrebleu
-from experiment import USER_DIR, execute, processor
+from benchmark_operators import cpu_name
+from experiment import USER_DIR, execute
 from fairseq.data.data_utils import post_process
 
 from fairseq_autosize.checkpoint import read_checkpoint, write_checkpoint
@@ -64,18 +65,22 @@ def generate(checkpoint: Path, data: Path, record: dict, log: Path) -> list[dict
     return fairseq_lines(log)
 
 
-def ct2_lines(folder: Path, sources: list[list[str]]) -> list[dict]:
+def ct2_translator(folder: Path) -> Any:
+    import ctranslate2  # render_results.py needs this module, but no engine
+
+    return ctranslate2.Translator(str(folder), device="cpu", intra_threads=1)
+
+
+def ct2_lines(translator: Any, sources: list[list[str]]) -> list[dict]:
     """Translate with CTranslate2, beam 5 and fairseq's limit of length."""
-    translator = ctranslate2.Translator(str(folder), device="cpu", intra_threads=1)
     results = translator.translate_batch(
         sources, beam_size=5, max_decoding_length=200, max_batch_size=32
     )
     return [{"hypothesis": result.hypotheses[0]} for result in results]
 
 
-def ct2_scores(folder: Path, lines: list[dict]) -> list[list[float]]:
+def ct2_scores(translator: Any, lines: list[dict]) -> list[list[float]]:
     """CTranslate2's log probabilities of given translations."""
-    translator = ctranslate2.Translator(str(folder), device="cpu", intra_threads=1)
     results = translator.score_batch(
         [line["source"] for line in lines], [line["hypothesis"] for line in lines]
     )
@@ -136,7 +141,9 @@ def compare(arguments: argparse.Namespace, record: dict) -> dict:
         raise SystemExit(f"{reference_file}: {len(references)} lines, {len(base)} translations")
     forms = []
 
-    def add(model: str, engine: str, lines: list[dict], difference: float | None, place: Path):
+    def add(
+        model: str, engine: str, lines: list[dict], difference: float | None, place: Path
+    ) -> None:
         texts = [post_process(" ".join(line["hypothesis"]), symbol) for line in lines]
         bleu = sacrebleu.BLEU()
         score = bleu.corpus_score(texts, [references])
@@ -166,14 +173,15 @@ def compare(arguments: argparse.Namespace, record: dict) -> dict:
         folder = out / f"ct2-{quantization}"
         bins = str(data / "data-bin")
         export_ctranslate2(pruned, folder, data=bins, quantization=quantization)
-        lines = ct2_lines(folder, [line["source"] for line in base])
-        difference = largest_difference(ct2_scores(folder, base), [x["logs"] for x in base])
+        engine = ct2_translator(folder)
+        lines = ct2_lines(engine, [line["source"] for line in base])
+        difference = largest_difference(ct2_scores(engine, base), [x["logs"] for x in base])
         add("compacted", f"CTranslate2 {quantization}", lines, difference, folder)
     return {
         "kind": "engines",
         "data": record,
         "command": shlex.join(["python", "scripts/compare_engines.py", *sys.argv[1:]]),
-        "machine": {"processor": processor()},
+        "machine": {"processor": cpu_name(), "threads": 1},
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "fairseq-fixed", "ctranslate2")},

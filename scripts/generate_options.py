@@ -35,7 +35,7 @@ TAIL = """
 | prune with the paper's l2,1 or linf,1 regulariser | `--prox l21` or `--prox linf1` |
 | a certain share of the neurons gone | `--prox-target-sparsity 0.5` |
 | a certain share of the parameters gone | `--prox-target-parameters 0.3` |
-| let the loss decide how many neurons it needs | `--prox-strength`, by factors of 1.5 at most, and `--prox-freeze-update auto` |
+| let the loss decide | `--prox-strength`, by factors of 1.5 at most; `--prox-freeze-update auto` |
 | leave the decoder (or the encoder) alone | `--prox-groups encoder-ffn` (or `decoder-ffn`) |
 | let the model learn before anything shrinks | `--prox-start-update N` |
 | repeat a ProxGradPytorch run | `--prox-step-size` its `lr`, `--prox-strength` its `reg` |

@@ -3,11 +3,11 @@
 
     python scripts/render_results.py [--check]
 
-Each JSON file is the results.json of one scripts/experiment.py, or what scripts/bench_inference.py
-wrote (`"kind": "inference"`). Its tables replace what stands in a page between
-`<!-- table NAME -->` and `<!-- end -->`; NAME is the file's name without `.json`. For an experiment
-the figure NAME.png shows the neurons alive over the updates. --check writes nothing and fails if a
-table on a page is not up to date.
+Each JSON file is the results.json of one scripts/experiment.py, or, with a "kind", what
+scripts/bench_inference.py or scripts/compare_engines.py wrote. Its tables replace what stands in a
+page between `<!-- table NAME -->` and `<!-- end -->`; NAME is the file's name without `.json`. For
+an experiment the figure NAME.png shows the neurons alive over the updates. --check writes nothing
+and fails if a table on a page is not up to date.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import bench_inference
+import compare_engines
 from experiment import by_kind_and_value, table
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -28,10 +29,11 @@ def section(path: Path) -> str:
     summary = json.loads(path.read_text(encoding="utf-8"))
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     machine = summary["machine"]
-    if summary.get("kind") == "inference":
+    shown = {"inference": bench_inference.tables, "engines": compare_engines.table}
+    if "kind" in summary:
         return "\n".join(
             [
-                bench_inference.tables(summary),
+                shown[summary["kind"]](summary),
                 "",
                 f"- `{summary['command']}`",
                 f"- {machine['processor']}, threads a process: {machine['threads']}. {versions}.",
