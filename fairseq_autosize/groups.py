@@ -1,7 +1,10 @@
-"""Find the feed-forward neurons of a Transformer: in a live model or in a checkpoint's state dict.
+"""Find what can be auto-sized in a Transformer: in a live model or in a checkpoint's state dict.
 
 A *neuron* is row i of ``fc1.weight`` with ``fc1.bias[i]``, and the matching column i of
 ``fc2.weight``. Zeroing the row silences the neuron only where the activation maps 0 to 0.
+
+An attention *head* is its rows of ``v_proj`` with their biases, and its columns of ``out_proj``.
+Zeroing the rows silences the head; its rows of ``q_proj`` and ``k_proj`` then change nothing.
 """
 
 import re
@@ -13,17 +16,57 @@ import torch
 from torch import Tensor, nn
 
 # Which blocks `--prox-groups` can name, and the kinds of layers that each one selects.
+_FFN = ("encoder-ffn", "decoder-ffn")
+_ATTENTION = ("encoder-attention", "decoder-attention", "cross-attention")
 GROUP_NAMES: Mapping[str, tuple[str, ...]] = {
-    "ffn": ("encoder-ffn", "decoder-ffn"),
-    "encoder-ffn": ("encoder-ffn",),
-    "decoder-ffn": ("decoder-ffn",),
+    "ffn": _FFN,
+    **{kind: (kind,) for kind in _FFN},
+    "attention": _ATTENTION,
+    **{kind: (kind,) for kind in _ATTENTION},
+    "all": (*_FFN, *_ATTENTION),
 }
 
 _LAYER = re.compile(r"(?:^|\.)(?P<side>encoder|decoder)(?:\.\w+)*?\.layers\.\d+$")
 
 
 class GroupError(ValueError):
-    """The model has no neurons that can be auto-sized; the message lists what was found."""
+    """The model has nothing that can be auto-sized; the message lists what was found."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What of a parameter belongs to the groups of a block.
+
+    Attributes:
+        parameter: its size along `dim` is a multiple of the number of groups; each group has as
+            many neighbouring indices.
+        dim: the dimension along which the groups lie.
+    """
+
+    parameter: Tensor
+    dim: int = 0
+
+    def grouped(self, tensor: Tensor, count: int) -> Tensor:
+        """A view of a tensor in the parameter's shape: first the groups, then what each has."""
+        return tensor.movedim(self.dim, 0).unflatten(0, (count, -1))
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The groups of one block, as an optimizer needs them.
+
+    Attributes:
+        count: number of groups.
+        unit: entries of one plain row of the block's input projection, bias included where it
+            belongs to the groups: the size that others are compared with.
+        members: what the norm of a group is taken over.
+        followers: what becomes zero with a group without counting in its norm.
+    """
+
+    count: int
+    unit: int
+    members: tuple[Part, ...]
+    followers: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,6 +88,89 @@ class FeedForward:
     fc1_bias: Tensor | None
     fc2_weight: Tensor
     activation: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of neurons."""
+        return self.fc1_weight.shape[0]
+
+    def dead(self) -> Tensor:
+        """Which neurons are dead; boolean, shape (neurons,)."""
+        return dead_neurons(self.fc1_weight)
+
+    def parameters_per_group(self) -> int:
+        """What compaction removes with one neuron: 2d + 1, or 2d where fc1 has no bias."""
+        bias = 0 if self.fc1_bias is None else 1
+        return self.fc1_weight.shape[1] + bias + self.fc2_weight.shape[0]
+
+    def groups(self, bias: bool = True, couple: bool = False) -> Groups:
+        """One group a neuron.
+
+        Args:
+            bias: fc1's bias belongs to it.
+            couple: the column of fc2 belongs to it.
+        """
+        members = [Part(self.fc1_weight)]
+        if bias and self.fc1_bias is not None:
+            members.append(Part(self.fc1_bias))
+        if couple:
+            members.append(Part(self.fc2_weight, 1))
+        unit = self.fc1_weight.shape[1] + int(bias and self.fc1_bias is not None)
+        return Groups(self.count, unit, tuple(members))
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The heads of one attention block.
+
+    Attributes:
+        name: path of the block in the model, such as ``encoder.layers.0.self_attn``.
+        kind: ``encoder-attention``, ``decoder-attention`` or ``cross-attention``.
+        count: number of heads.
+        projections: ``q_proj``, ``k_proj``, ``v_proj`` -> weight, shape (heads * head width, d).
+        biases: the same -> bias, shape (heads * head width,); without those there are not.
+        out_weight: shape (d, heads * head width).
+    """
+
+    name: str
+    kind: str
+    count: int
+    projections: Mapping[str, Tensor]
+    biases: Mapping[str, Tensor]
+    out_weight: Tensor
+
+    def dead(self) -> Tensor:
+        """Which heads are dead: all weights of their rows of v are zero; shape (heads,)."""
+        return dead_neurons(self.projections["v_proj"].reshape(self.count, -1))
+
+    def parameters_per_group(self) -> int:
+        """What compaction removes with one head."""
+        tensors = (*self.projections.values(), *self.biases.values(), self.out_weight)
+        return sum(tensor.numel() for tensor in tensors) // max(1, self.count)
+
+    def groups(self, bias: bool = True, couple: bool = True) -> Groups:
+        """One group a head: v and, always, the columns of out_proj; q and k follow.
+
+        Args:
+            bias: v's bias belongs to it.
+            couple: not used; heads are always coupled.
+        """
+        members = [Part(self.projections["v_proj"])]
+        unit = self.projections["v_proj"].shape[1]
+        if bias and "v_proj" in self.biases:
+            members.append(Part(self.biases["v_proj"]))
+            unit += 1
+        followers = [
+            Part(tensors[name])
+            for tensors in (self.projections, self.biases)
+            for name in ("q_proj", "k_proj")
+            if name in tensors
+        ]
+        members.append(Part(self.out_weight, 1))
+        return Groups(self.count, unit, tuple(members), tuple(followers))
+
+
+Block = FeedForward | Attention
 
 
 def dead_neurons(fc1_weight: Tensor) -> Tensor:
@@ -93,43 +219,87 @@ def feed_forward_in_model(model: nn.Module, groups: Sequence[str] = ("ffn",)) ->
         GroupError: no such layer, an activation with f(0) != 0, or a layer norm between fc1 and
             fc2.
     """
+    return [block for block in blocks_in_model(model, groups) if isinstance(block, FeedForward)]
+
+
+def blocks_in_model(model: nn.Module, groups: Sequence[str] = ("ffn",)) -> list[Block]:
+    """The blocks of a model that can be auto-sized, in the order of its modules.
+
+    As `feed_forward_in_model`; attention blocks are a layer's ``self_attn`` and ``encoder_attn``.
+
+    Raises:
+        GroupError: no such block, or one that cannot be auto-sized.
+    """
     kinds = {kind for group in groups for kind in GROUP_NAMES[group]}
-    found = []
+    found: list[Block] = []
     for name, module in model.named_modules():
         match = _LAYER.search(name)
-        fc1, fc2 = getattr(module, "fc1", None), getattr(module, "fc2", None)
-        if not (match and isinstance(fc1, nn.Linear) and isinstance(fc2, nn.Linear)):
+        if not match:
             continue
-        kind = f"{match['side']}-ffn"
-        if kind not in kinds:
-            continue
-        activation = getattr(module, "activation_fn", None)
-        if activation is None:
-            raise GroupError(
-                f"{name}: {type(module).__name__} does not say what its activation is, so it is "
-                "not known whether a zeroed row of fc1 silences its neuron. Use a Transformer."
-            )
-        if not maps_zero_to_zero(activation):
-            raise GroupError(
-                f"{name}: activation {getattr(activation, '__name__', activation)!r} is not known "
-                "to map 0 to 0, so a zeroed row of fc1 would not silence its neuron. Use "
-                "--activation-fn relu, gelu, gelu_fast, gelu_accurate, tanh or linear."
-            )
-        if getattr(module, "ffn_layernorm", None) is not None:
-            raise GroupError(
-                f"{name}: --scale-fc puts a layer norm between fc1 and fc2, which mixes the "
-                "neurons: a zeroed row of fc1 would not silence its own. Train without --scale-fc."
-            )
-        found.append(FeedForward(name, kind, fc1.weight, fc1.bias, fc2.weight, activation))
+        if f"{match['side']}-ffn" in kinds and (layer := _feed_forward(name, match, module)):
+            found.append(layer)
+        for part, kind in (
+            ("self_attn", f"{match['side']}-attention"),
+            ("encoder_attn", "cross-attention"),
+        ):
+            block = getattr(module, part, None)
+            if kind in kinds and block is not None:
+                found += _attention(f"{name}.{part}", kind, block)
     if not found:
         classes = Counter(type(m).__name__ for n, m in model.named_modules() if n)
         listed = ", ".join(f"{name} x{count}" for name, count in sorted(classes.items()))
         raise GroupError(
             f"--prox-groups {','.join(groups)}: {type(model).__name__} has no layer "
-            "encoder.layers.N or decoder.layers.N of that kind with Linear fc1 and fc2. "
-            f"Modules found: {listed or 'none'}"
+            "encoder.layers.N or decoder.layers.N with such blocks (Linear fc1 and fc2, or "
+            f"MultiheadAttention). Modules found: {listed or 'none'}"
         )
     return found
+
+
+def _feed_forward(name: str, match: re.Match, module: nn.Module) -> FeedForward | None:
+    fc1, fc2 = getattr(module, "fc1", None), getattr(module, "fc2", None)
+    if not (isinstance(fc1, nn.Linear) and isinstance(fc2, nn.Linear)):
+        return None
+    activation = getattr(module, "activation_fn", None)
+    if activation is None:
+        raise GroupError(
+            f"{name}: {type(module).__name__} does not say what its activation is, so it is "
+            "not known whether a zeroed row of fc1 silences its neuron. Use a Transformer."
+        )
+    if not maps_zero_to_zero(activation):
+        raise GroupError(
+            f"{name}: activation {getattr(activation, '__name__', activation)!r} is not known "
+            "to map 0 to 0, so a zeroed row of fc1 would not silence its neuron. Use "
+            "--activation-fn relu, gelu, gelu_fast, gelu_accurate, tanh or linear."
+        )
+    if getattr(module, "ffn_layernorm", None) is not None:
+        raise GroupError(
+            f"{name}: --scale-fc puts a layer norm between fc1 and fc2, which mixes the "
+            "neurons: a zeroed row of fc1 would not silence its own. Train without --scale-fc."
+        )
+    kind = f"{match['side']}-ffn"
+    return FeedForward(name, kind, fc1.weight, fc1.bias, fc2.weight, activation)
+
+
+def _attention(name: str, kind: str, block: nn.Module) -> list[Attention]:
+    """The block, or none where it has no head left."""
+    parts = {part: getattr(block, part, None) for part in ("q_proj", "k_proj", "v_proj")}
+    out = getattr(block, "out_proj", None)
+    heads = getattr(block, "num_heads", None)
+    if heads == 0:
+        return []
+    if heads is None or not all(isinstance(x, nn.Linear) for x in (*parts.values(), out)):
+        raise GroupError(
+            f"{name}: {type(block).__name__} is no attention with q_proj, k_proj, v_proj, "
+            "out_proj and num_heads, so its heads are not known"
+        )
+    if getattr(block, "bias_k", None) is not None or getattr(block, "add_zero_attn", False):
+        raise GroupError(
+            f"{name}: attention with an extra key (add_bias_kv, add_zero_attn) cannot be auto-sized"
+        )
+    weights = {part: linear.weight for part, linear in parts.items()}
+    biases = {part: linear.bias for part, linear in parts.items() if linear.bias is not None}
+    return [Attention(name, kind, heads, weights, biases, out.weight)]
 
 
 def feed_forward_in_state(state: Mapping[str, Tensor]) -> list[FeedForward]:
@@ -172,4 +342,53 @@ def feed_forward_in_state(state: Mapping[str, Tensor]) -> list[FeedForward]:
             "no feed-forward layer (encoder.layers.N.fc1 or decoder.layers.N.fc1 with fc2) among "
             f"the parameters: {listed or 'none'}"
         )
+    return found
+
+
+def attention_in_state(
+    state: Mapping[str, Tensor], head_widths: Mapping[str, int]
+) -> list[Attention]:
+    """The attention blocks in a model's state dict that still have heads.
+
+    Args:
+        state: parameter name -> tensor, as under ``model`` in a fairseq checkpoint.
+        head_widths: ``encoder`` and ``decoder`` -> rows of v of one head on that side.
+
+    Returns:
+        One `Attention` a block, in the order of the state dict; blocks that share their storage
+        come once.
+
+    Raises:
+        GroupError: shapes that do not belong together.
+    """
+    found = []
+    seen: set[int] = set()
+    for key, value in state.items():
+        name = key.removesuffix(".v_proj.weight")
+        layer, _, part = name.rpartition(".")
+        match = _LAYER.search(layer)
+        if name == key or match is None or part not in ("self_attn", "encoder_attn"):
+            continue
+        weights = {x: state.get(f"{name}.{x}.weight") for x in ("q_proj", "k_proj", "v_proj")}
+        biases = {x: state[f"{name}.{x}.bias"] for x in weights if f"{name}.{x}.bias" in state}
+        out = state.get(f"{name}.out_proj.weight")
+        rows = value.shape[0]
+        heads, rest = divmod(rows, head_widths[match["side"]])
+        shapes = [None if x is None else tuple(x.shape) for x in (*weights.values(), out)]
+        if (
+            rest
+            or None in shapes
+            or any(shape[:1] != (rows,) for shape in shapes[:3])
+            or shapes[3][1:] != (rows,)
+            or any(bias.shape != (rows,) for bias in biases.values())
+        ):
+            raise GroupError(
+                f"{name}: q_proj, k_proj, v_proj and out_proj of shapes {shapes} do not belong "
+                f"together, or not to heads of width {head_widths[match['side']]}"
+            )
+        if not heads or value.data_ptr() in seen:
+            continue
+        seen.add(value.data_ptr())
+        kind = "cross-attention" if part == "encoder_attn" else f"{match['side']}-attention"
+        found.append(Attention(name, kind, heads, weights, biases, out))
     return found

@@ -361,6 +361,8 @@ class Operator:
         penalty: (weight, bias=None) -> R(W), a tensor without dimensions.
         dual_norm: (weight, bias=None) -> (rows,); a row becomes zero iff this is ≤ threshold.
             In a diagonal metric d that holds for the dual norm of d·weight.
+        growth: the dual norm of n independent entries grows like n to this power, so groups of
+            different sizes compare after division by it.
         prox_diagonal: (weight, metric, threshold, bias=None, bias_metric=None) -> the prox in a
             diagonal metric, not in place.
     """
@@ -370,6 +372,7 @@ class Operator:
     penalty: Callable[..., Tensor]
     dual_norm: Callable[..., Tensor]
     prox_diagonal: Callable[..., Result]
+    growth: float
 
 
 # --- operators on entries, on the whole tensor, and other ones on rows ----------------------------
@@ -780,6 +783,8 @@ def prox_linf1_diagonal(
 
 
 OPERATORS = {
-    "l21": Operator("l21", prox_l21_, penalty_l21, dual_norm_l21, prox_l21_diagonal),
-    "linf1": Operator("linf1", prox_linf1_, penalty_linf1, dual_norm_linf1, prox_linf1_diagonal),
+    "l21": Operator("l21", prox_l21_, penalty_l21, dual_norm_l21, prox_l21_diagonal, 0.5),
+    "linf1": Operator(
+        "linf1", prox_linf1_, penalty_linf1, dual_norm_linf1, prox_linf1_diagonal, 1.0
+    ),
 }

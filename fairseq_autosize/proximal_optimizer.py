@@ -9,7 +9,7 @@ import torch
 from fairseq.optim import FairseqOptimizer
 from torch import Tensor
 
-from .groups import FeedForward
+from .groups import Block, Part
 from .masters import Master, find_masters
 from .prox import Operator
 from .strength import Goal, Plan, threshold_toward
@@ -19,11 +19,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class GroupShape:
-    """What belongs to a neuron's group, and how its size is measured.
+    """What belongs to a group, and how its size is measured.
 
     Attributes:
         bias: fc1's bias belongs to it.
-        fc2: its column of fc2 belongs to it.
+        fc2: its column of fc2 belongs to it; a head's columns of out_proj always do.
         adam: sizes and steps are those in Adam's metric, not the plain ones.
     """
 
@@ -52,8 +52,8 @@ class ProximalOptimizer:
 
     Args:
         optimizer: the trainer's optimizer.
-        layers: the blocks to shrink; those that the optimizer does not own (frozen parameters)
-            are left alone and listed in `frozen_layers`.
+        blocks: what to shrink; those that the optimizer does not own (frozen parameters) are left
+            alone and listed in `frozen_blocks`.
         operator: from `prox.OPERATORS`.
         plan: when and how strongly.
         shape: what a group is.
@@ -62,7 +62,7 @@ class ProximalOptimizer:
     def __init__(
         self,
         optimizer: FairseqOptimizer,
-        layers: Sequence[FeedForward],
+        blocks: Sequence[Block],
         operator: Operator,
         plan: Plan,
         shape: GroupShape = GroupShape(),
@@ -77,17 +77,21 @@ class ProximalOptimizer:
         self._frozen_at = plan.freeze_update
         self._quiet = 0  # updates since something died or came back
         self._held: list[Tensor] | None = None
+        parts = {block.name: block.groups(shape.bias, shape.fc2) for block in blocks}
         parameters = [
-            parameter
-            for layer in layers
-            for parameter in (layer.fc1_weight, layer.fc1_bias, layer.fc2_weight)
-            if parameter is not None
+            part.parameter
+            for groups in parts.values()
+            for part in (*groups.members, *groups.followers)
         ]
         masters = find_masters(optimizer, parameters)
-        self.layers = [layer for layer in layers if layer.fc1_weight in masters]
-        self.frozen_layers = [layer.name for layer in layers if layer.fc1_weight not in masters]
+        own = {
+            name: bool(groups.count) and groups.members[0].parameter in masters
+            for name, groups in parts.items()
+        }
+        self.blocks = [block for block in blocks if own[block.name]]
+        self.frozen_blocks = [block.name for block in blocks if block.count and not own[block.name]]
         self._groups = [
-            _Groups(layer, masters, optimizer, operator, shape) for layer in self.layers
+            _Groups(block, masters, optimizer, operator, shape) for block in self.blocks
         ]
         self._dead = self._dead_masks() if plan.patience is not None else []
 
@@ -114,10 +118,10 @@ class ProximalOptimizer:
         return self._frozen_at is not None and update_num >= self._frozen_at
 
     def held(self) -> dict[str, Tensor]:
-        """The dead (int64 indices) that a freeze holds, by the layers' names."""
+        """The dead (int64 indices) that a freeze holds, by the blocks' names."""
         if self._held is None:
             return {}
-        return {layer.name: dead for layer, dead in zip(self.layers, self._held, strict=True)}
+        return {block.name: dead for block, dead in zip(self.blocks, self._held, strict=True)}
 
     def _shrink(self, update_num: int) -> None:
         if self.goal is None:
@@ -139,7 +143,7 @@ class ProximalOptimizer:
 
     def _rate(self, groups: "_Groups") -> float | None:
         # A composite optimizer has a generator here.
-        return list(self.optimizer.param_groups)[groups.weight.group_index]["lr"]
+        return list(self.optimizer.param_groups)[groups.group_index]["lr"]
 
     def _step_size(self, groups: "_Groups") -> float:
         eta = self._rate(groups) if self.plan.step_size is None else self.plan.step_size
@@ -175,7 +179,7 @@ class ProximalOptimizer:
         chosen[order[:number]] = True
         counts = [groups.count for groups in self._groups]
         for groups, dead in zip(self._groups, chosen.split(counts), strict=True):
-            groups.zero(dead.nonzero().flatten())
+            groups.zero(dead)
 
     def _freeze(self, update_num: int) -> None:
         if self.goal is not None and update_num > self._frozen_at:
@@ -223,88 +227,143 @@ class ProximalOptimizer:
     @torch.no_grad()
     def penalty(self) -> float:
         """The penalty R(W) summed over the layers, not multiplied by the strength."""
-        return float(sum(self.operator.penalty(*groups.joined()) for groups in self._groups))
+        return sum(groups.penalty() for groups in self._groups)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A parameter's share in the groups, on its master."""
+
+    master: Master
+    part: Part
+    count: int
+
+    def grouped(self) -> Tensor:
+        return self.part.grouped(self.master.tensor, self.count)
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """A tensor in the master's shape, with a row a group."""
+        return self.part.grouped(tensor, self.count).reshape(self.count, -1)
 
 
 class _Groups:
-    """The groups of one layer, on the masters."""
+    """The groups of one block, on the masters."""
 
     def __init__(
         self,
-        layer: FeedForward,
+        block: Block,
         masters: Mapping[Any, Master],
         optimizer: FairseqOptimizer,
         operator: Operator,
         shape: GroupShape,
     ) -> None:
-        self.weight = masters[layer.fc1_weight]
-        self.bias = masters.get(layer.fc1_bias) if shape.bias else None
-        self.fc2 = masters.get(layer.fc2_weight) if shape.fc2 else None
-        self.count = layer.fc1_weight.shape[0]
+        groups = block.groups(bias=shape.bias, couple=shape.fc2)
+        self.count = groups.count
+        self._members, self._followers = (
+            [
+                _Part(masters[part.parameter], part, groups.count)
+                for part in parts
+                if part.parameter in masters
+            ]
+            for parts in (groups.members, groups.followers)
+        )
+        self.group_index = self._members[0].master.group_index
+        entries = sum(part.master.tensor.numel() for part in self._members) / groups.count
+        # Groups of different sizes are shrunk in proportion to what random entries would add up
+        # to; plain rows of fc1 by the threshold itself.
+        self._scale = (entries / groups.unit) ** operator.growth
+        weight, *others = self._masters()
+        self._plain = (
+            groups.members[0].dim == 0
+            and weight.shape[0] == groups.count
+            and all(tensor.dim() == 1 for tensor in others)
+        )
         self._optimizer = optimizer
         self._operator = operator
         self._adam = shape.adam
 
-    def joined(self) -> tuple[Tensor, Tensor | None]:
-        """(groups, entries) and the bias; the first is a copy where it has columns of fc2."""
-        bias = None if self.bias is None else self.bias.tensor
-        if self.fc2 is None:
-            return self.weight.tensor, bias
-        return torch.cat([self.weight.tensor, self.fc2.tensor.t()], dim=1), bias
+    def _joined(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """A matrix with a row a group and, if rows of a weight have a bias, that.
+
+        Args:
+            tensors: in the order and the shapes of the members' masters.
+
+        Returns:
+            The tensors themselves where they are rows and a bias; else copies, without a bias.
+        """
+        if self._plain:
+            return tensors[0], tensors[1] if len(tensors) > 1 else None
+        parts = zip(self._members, tensors, strict=True)
+        return torch.cat([part.rows(tensor) for part, tensor in parts], dim=1), None
+
+    def _masters(self) -> list[Tensor]:
+        return [part.master.tensor for part in self._members]
 
     def _metric(self) -> tuple[Tensor, Tensor | None]:
-        """Adam's metric, in the shapes of `joined`."""
         inner = self._optimizer.optimizer
-        bias = None if self.bias is None else self.bias.adam_metric(inner)
-        metric = self.weight.adam_metric(inner)
-        if self.fc2 is not None:
-            metric = torch.cat([metric, self.fc2.adam_metric(inner).t()], dim=1)
-        return metric, bias
+        return self._joined([part.master.adam_metric(inner) for part in self._members])
 
     def dual_norms(self) -> Tensor:
-        weight, bias = self.joined()
+        """What is compared with the threshold; shape (groups,)."""
+        weight, bias = self._joined(self._masters())
         if self._adam:
             metric, bias_metric = self._metric()
             weight, bias = metric * weight, None if bias is None else bias_metric * bias
-        return self._operator.dual_norm(weight, bias=bias)
+        return self._operator.dual_norm(weight, bias=bias) / self._scale
+
+    def penalty(self) -> float:
+        """The penalty, weighted as the thresholds are."""
+        return self._scale * float(self._operator.penalty(*self._joined(self._masters())))
 
     @torch.no_grad()
     def shrink(self, threshold: float) -> None:
-        weight, bias = self.joined()
+        """Take the proximal step."""
+        weight, bias = self._joined(self._masters())
+        threshold *= self._scale
         if self._adam:
             metric, bias_metric = self._metric()
             result = self._operator.prox_diagonal(weight, metric, threshold, bias, bias_metric)
             weight, bias = (result, None) if bias is None else result
-            if self.bias is not None:
-                self.bias.tensor.copy_(bias)
         else:
             self._operator.prox_(weight, threshold, bias=bias)
-        if self._adam or self.fc2 is not None:  # `weight` is a copy
-            columns = self.weight.tensor.shape[1]
-            self.weight.tensor.copy_(weight[:, :columns])
-            if self.fc2 is not None:
-                self.fc2.tensor.copy_(weight[:, columns:].t())
+        if not self._plain:
+            self._write(weight)
+            # Where v is zero, q and k are no longer used; they do not count as alive.
+            if self._followers:
+                self.zero(~(weight != 0).any(dim=1))
+        elif self._adam:
+            for tensor, value in zip(self._masters(), (weight, bias), strict=False):
+                tensor.copy_(value)
         self._copy_back()
 
+    def _write(self, joined: Tensor) -> None:
+        start = 0
+        for part in self._members:
+            grouped = part.grouped()
+            width = grouped[0].numel()
+            grouped.copy_(joined[:, start : start + width].reshape(grouped.shape))
+            start += width
+
     @torch.no_grad()
-    def zero(self, rows: Tensor) -> None:
-        """Make some groups (int64 indices) exactly zero."""
+    def zero(self, chosen: Tensor) -> None:
+        """Make some groups exactly zero.
+
+        Args:
+            chosen: indices of groups (int64), or a boolean for each.
+        """
+        rows = chosen.nonzero().flatten() if chosen.dtype == torch.bool else chosen
         if not len(rows):
             return
-        self.weight.tensor.index_fill_(0, rows, 0)
-        if self.bias is not None:
-            self.bias.tensor.index_fill_(0, rows, 0)
-        if self.fc2 is not None:
-            self.fc2.tensor.index_fill_(1, rows, 0)
+        for part in (*self._members, *self._followers):
+            part.grouped().index_fill_(0, rows, 0)
         self._copy_back()
 
     def dead(self) -> Tensor:
         """Which groups are zero, all entries of them; shape (groups,)."""
-        weight, bias = self.joined()
+        weight, bias = self._joined(self._masters())
         alive = (weight != 0).any(dim=1)
         return ~(alive if bias is None else alive | (bias != 0))
 
     def _copy_back(self) -> None:
-        for master in (self.weight, self.bias, self.fc2):
-            if master is not None:
-                master.copy_back()
+        for part in (*self._members, *self._followers):
+            part.master.copy_back()

@@ -8,7 +8,7 @@ import torch
 from . import __version__
 from .checkpoint import config_section, parameter_names, printable
 from .compat import fairseq_version
-from .groups import FeedForward, dead_neurons, feed_forward_in_state
+from .groups import dead_neurons, feed_forward_in_state
 
 
 def count_neurons(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def count_neurons(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     for layer in feed_forward_in_state(state):
         total = layer.fc1_weight.shape[0]
         pruned = int(dead_neurons(layer.fc1_weight).sum())
-        removable += pruned * parameters_per_neuron(layer)
+        removable += pruned * layer.parameters_per_group()
         layers.append({"name": layer.name, "kind": layer.kind, **_tally([(total, pruned)])})
     parameters = sum(state[name].numel() for name in parameter_names(state))
     return {
@@ -134,12 +134,6 @@ def format_count(count: Mapping[str, Any]) -> str:
             f"signature: {count['signature']}",
         ]
     )
-
-
-def parameters_per_neuron(layer: FeedForward) -> int:
-    """What compaction removes with one neuron: 2d + 1, or 2d where fc1 has no bias."""
-    bias = 0 if layer.fc1_bias is None else 1
-    return layer.fc1_weight.shape[1] + bias + layer.fc2_weight.shape[0]
 
 
 def _tally(counts: Iterable[tuple[int, int]]) -> dict[str, int]:

@@ -9,6 +9,7 @@ from fairseq.dataclass.configs import FairseqConfig
 from omegaconf import OmegaConf
 
 from fairseq_autosize.config import AutosizeConfig, ConfigError, Settings, check_training_mode
+from fairseq_autosize.groups import FeedForward
 from fairseq_autosize.tasks._autosize import AutosizeMixin
 
 
@@ -151,8 +152,11 @@ def test_targets_need_an_end(options, max_update, message):
 
 
 def test_linf1_has_no_default_strength_for_groups_of_different_sizes():
-    layers = [SimpleNamespace(fc1_weight=torch.ones(4, columns)) for columns in (8, 16)]
-    task = SimpleNamespace(_layers=layers, settings=settings(prox="linf1"))
+    blocks = [
+        FeedForward("x", "encoder-ffn", torch.ones(4, n), torch.ones(4), torch.ones(n, 4))
+        for n in (8, 16)
+    ]
+    task = SimpleNamespace(_blocks=blocks, settings=settings(prox="linf1"))
     with pytest.raises(ConfigError, match=r"differ \(9, 17 entries\): give --prox-strength"):
         AutosizeMixin._default_strength(task)
     task.settings = settings(prox="l21")

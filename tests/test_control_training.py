@@ -88,7 +88,7 @@ def test_target_counts_what_compaction_has_removed(corpus, run, tmp_path):
         ),
         (
             ["--prox", "l21", "--prox-target-parameters", "0.9", "--max-update", "2"],
-            r"--prox-target-parameters 0.9: the feed-forward layers of --prox-groups ffn have 0\.",
+            r"--prox-target-parameters 0.9: the groups of --prox-groups ffn have 0\.",
         ),
     ],
 )

@@ -196,7 +196,7 @@ def test_frozen_layers_are_left_alone_and_named(monkeypatch):
         optimizer, feed_forward_in_model(model), OPERATORS["l21"], Plan(100.0)
     )
     proximal.step(0)
-    assert proximal.frozen_layers == ["encoder.layers.0"]
+    assert proximal.frozen_blocks == ["encoder.layers.0"]
     dead = [int(dead_neurons(x.fc1_weight).sum()) for x in feed_forward_in_model(model)]
     assert dead == [0, 6]
 

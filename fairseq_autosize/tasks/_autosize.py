@@ -17,10 +17,10 @@ from hydra.core.config_store import ConfigStore
 from torch import nn
 
 from ..config import AutosizeConfig, ConfigError, Settings, add_bias_flags, check_training_mode
-from ..groups import FeedForward, dead_neurons, feed_forward_in_model, has_slope_at_zero
+from ..groups import Block, FeedForward, blocks_in_model, has_slope_at_zero
 from ..prox import OPERATORS
 from ..proximal_optimizer import GroupShape, ProximalOptimizer
-from ..report import parameters_per_neuron, signature
+from ..report import signature
 from ..strength import Goal, Plan, death_updates, default_strength
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class AutosizeMixin(FairseqTask):
 
     settings: Settings
     _proximal: ProximalOptimizer | None = None
-    _layers: list[FeedForward]
+    _blocks: list[Block]
     _strength: float | None = None
     _totals: tuple[int, int] | None = None  # groups and parameters before anything was removed
     _restored: Mapping[str, Any] = MappingProxyType({})
@@ -80,7 +80,7 @@ class AutosizeMixin(FairseqTask):
             if self._whole_config is not None:
                 check_training_mode(self._whole_config)
                 self.settings.freeze_of(self._max_update)
-            feed_forward_in_model(model, self.settings.groups)
+            blocks_in_model(model, self.settings.groups)
         elif ignored := [name for name in _OPTIONS if name != "prox" and self._is_set(name)]:
             flags = ", ".join("--" + name.replace("_", "-") for name in ignored)
             logger.warning("no effect, since --prox is none: %s", flags)
@@ -141,11 +141,11 @@ class AutosizeMixin(FairseqTask):
 
     @torch.no_grad()
     def _zero_held(self, model: nn.Module) -> None:
-        own = {layer.name: layer for layer in feed_forward_in_model(model, self.settings.groups)}
+        own = {block.name: block for block in blocks_in_model(model, self.settings.groups)}
         for name, dead in self._proximal.held().items():
-            own[name].fc1_weight.index_fill_(0, dead, 0)
-            if self.settings.bias and own[name].fc1_bias is not None:
-                own[name].fc1_bias.index_fill_(0, dead, 0)
+            groups = own[name].groups(self.settings.bias, self.settings.couple)
+            for part in (*groups.members, *groups.followers):
+                part.grouped(part.parameter, groups.count).index_fill_(0, dead, 0)
 
     def get_checkpoint_dict(self) -> dict[str, Any]:
         """State for the checkpoint's extra_state; fairseq looks it up under the class' name."""
@@ -172,7 +172,7 @@ class AutosizeMixin(FairseqTask):
         return (root.optimization.max_update or 0) if root is not None else 0
 
     def _default_strength(self) -> float:
-        sizes = {layer.fc1_weight.shape[1] + int(self.settings.bias) for layer in self._layers}
+        sizes = {block.groups(bias=self.settings.bias).unit for block in self._blocks}
         strengths = {default_strength(self.settings.prox, size) for size in sizes}
         if len(strengths) > 1:
             raise ConfigError(
@@ -186,18 +186,19 @@ class AutosizeMixin(FairseqTask):
         self, optimizer: FairseqOptimizer, model: nn.Module, update_num: int
     ) -> ProximalOptimizer:
         settings = self.settings
-        self._layers = feed_forward_in_model(_unwrap(model), settings.groups)
-        if not any(layer.fc1_weight.numel() for layer in self._layers):
+        self._blocks = blocks_in_model(_unwrap(model), settings.groups)
+        if not any(block.count for block in self._blocks):
             raise ConfigError(
-                f"--prox {settings.prox}: the feed-forward layers have no neurons to shrink"
+                f"--prox {settings.prox}: the layers of --prox-groups "
+                f"{','.join(settings.groups)} have nothing left to shrink"
             )
         self._strength = settings.strength
         if self._strength is None and not settings.has_target:
             self._strength = self._default_strength()
         sloping = {
-            getattr(layer.activation, "__name__", str(layer.activation))
-            for layer in self._layers
-            if layer.activation is not None and has_slope_at_zero(layer.activation)
+            getattr(block.activation, "__name__", str(block.activation))
+            for block in self._blocks
+            if isinstance(block, FeedForward) and has_slope_at_zero(block.activation)
         }
         if sloping:
             logger.warning(
@@ -214,20 +215,20 @@ class AutosizeMixin(FairseqTask):
         )
         shape = GroupShape(bias=settings.bias, fc2=settings.couple, adam=settings.adam_metric)
         operator = OPERATORS[settings.prox]
-        proximal = ProximalOptimizer(optimizer, self._layers, operator, plan, shape)
-        if not proximal.layers:
+        proximal = ProximalOptimizer(optimizer, self._blocks, operator, plan, shape)
+        if not proximal.blocks:
             raise ConfigError(
-                f"--prox {settings.prox}: all layers of --prox-groups "
+                f"--prox {settings.prox}: all blocks of --prox-groups "
                 f"{','.join(settings.groups)} are frozen, so there is nothing to shrink"
             )
-        if proximal.frozen_layers:
-            logger.warning("frozen, so not auto-sized: %s", ", ".join(proximal.frozen_layers))
+        if proximal.frozen_blocks:
+            logger.warning("frozen, so not auto-sized: %s", ", ".join(proximal.frozen_blocks))
         before = self._restored if self._proximal is None else self._proximal.state()
         proximal.restore(before)
         self._set_goal(proximal, model)
-        sides = dict.fromkeys(layer.kind.removesuffix("-ffn") for layer in self._layers)
+        keys = dict.fromkeys(key for block in self._blocks for key in _meter_keys(block))
         self._meters = (
-            *(f"{key}_{state}" for key in ("neurons", *sides) for state in ("alive", "pruned")),
+            *(f"{key}_{state}" for key in keys for state in ("alive", "pruned")),
             "prox_threshold",
             "prox_penalty",
             *(["prox_strength"] if proximal.goal is not None else []),
@@ -238,7 +239,7 @@ class AutosizeMixin(FairseqTask):
     def _set_goal(self, proximal: ProximalOptimizer, model: nn.Module) -> None:
         """Tell the optimizer how much has to die; what a compaction has removed counts as dead."""
         settings = self.settings
-        groups = sum(layer.fc1_weight.shape[0] for layer in proximal.layers)
+        groups = sum(block.count for block in proximal.blocks)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         if self._totals is None:
             same = self._restored.get("prox_groups") == ",".join(settings.groups)
@@ -250,34 +251,35 @@ class AutosizeMixin(FairseqTask):
         groups_before, parameters_before = self._totals
         if settings.target_sparsity is not None:
             amount = round(settings.target_sparsity * groups_before) - (groups_before - groups)
-            proximal.goal = Goal(amount, (1,) * len(proximal.layers))
+            proximal.goal = Goal(amount, (1,) * len(proximal.blocks))
         elif settings.target_parameters is not None:
             share = settings.target_parameters
-            costs = tuple(map(parameters_per_neuron, proximal.layers))
-            largest = sum(
-                c * x.fc1_weight.shape[0] for c, x in zip(costs, proximal.layers, strict=True)
-            )
+            costs = tuple(block.parameters_per_group() for block in proximal.blocks)
+            counts = (block.count for block in proximal.blocks)
+            largest = sum(cost * count for cost, count in zip(costs, counts, strict=True))
             amount = share * parameters_before - (parameters_before - parameters)
             if amount > largest:
                 most = (largest + parameters_before - parameters) / parameters_before
                 raise ConfigError(
-                    f"--prox-target-parameters {share}: the feed-forward layers of --prox-groups "
+                    f"--prox-target-parameters {share}: the groups of --prox-groups "
                     f"{','.join(settings.groups)} have {most:.3f} of the model's parameters; ask "
-                    "for less, or make the embeddings smaller"
+                    "for less, add groups, or make the embeddings smaller"
                 )
             proximal.goal = Goal(amount, costs)
 
     def _log_start(self, proximal: ProximalOptimizer, update_num: int) -> None:
         """Say what is being shrunk, how long a neuron lives, and the settings in one line."""
-        for kind in dict.fromkeys(layer.kind for layer in self._layers):
-            widths = [layer.fc1_weight.shape[0] for layer in self._layers if layer.kind == kind]
+        for kind in dict.fromkeys(block.kind for block in self._blocks):
+            counts = [block.count for block in self._blocks if block.kind == kind]
             logger.info(
-                "%s: %s neurons in layers 1 to %d", kind, " ".join(map(str, widths)), len(widths)
+                "%s: %s %s in layers 1 to %d",
+                kind,
+                " ".join(map(str, counts)),
+                "neurons" if kind.endswith("ffn") else "heads",
+                len(counts),
             )
-        parts = "rows of fc1 " + ("with" if self.settings.bias else "without") + " bias"
-        if self.settings.couple:
-            parts += ", and columns of fc2"
-        number = sum(layer.fc1_weight.shape[0] for layer in proximal.layers)
+        parts = self._description()
+        number = sum(block.count for block in proximal.blocks)
         if proximal.goal is None:
             logger.info("%d groups (%s); strength %g", number, parts, self._strength)
             if not self.settings.adam_metric:  # which comes with the first gradients
@@ -302,6 +304,17 @@ class AutosizeMixin(FairseqTask):
                 freeze,
             )
         logger.info("signature: %s", self._signature())
+
+    def _description(self) -> str:
+        """What the groups consist of."""
+        bias = "with bias" if self.settings.bias else "without bias"
+        parts = []
+        if any(isinstance(block, FeedForward) for block in self._blocks):
+            columns = ", columns of fc2" if self.settings.couple else ""
+            parts.append(f"rows of fc1 {bias}{columns}")
+        if not all(isinstance(block, FeedForward) for block in self._blocks):
+            parts.append(f"heads: rows of v {bias}, columns of out_proj")
+        return "; ".join(parts)
 
     def _lifetime(self, proximal: ProximalOptimizer, update_num: int) -> str:
         """When neurons without gradient would die under this strength and schedule."""
@@ -372,17 +385,24 @@ class AutosizeMixin(FairseqTask):
         if self._counts is not None and self._counts[0] == self._update_num:
             return self._counts[1]
         counts = dict.fromkeys(self._meters, 0.0)
-        for layer in self._layers:
-            pruned = int(dead_neurons(layer.fc1_weight).sum())
-            for key in ("neurons", layer.kind.removesuffix("-ffn")):
+        for block in self._blocks:
+            pruned = int(block.dead().sum())
+            for key in _meter_keys(block):
                 counts[f"{key}_pruned"] += pruned
-                counts[f"{key}_alive"] += layer.fc1_weight.shape[0] - pruned
+                counts[f"{key}_alive"] += block.count - pruned
         counts["prox_threshold"] = self._proximal.threshold
         counts["prox_penalty"] = round(self._proximal.penalty(), 3)
         if "prox_strength" in counts:
             counts["prox_strength"] = self._proximal.strength or 0.0
         self._counts = (self._update_num, counts)
         return counts
+
+
+def _meter_keys(block: Block) -> tuple[str, str]:
+    """What a block's groups are counted under: in total, and by side or kind of attention."""
+    if isinstance(block, FeedForward):
+        return "neurons", block.kind.removesuffix("-ffn")
+    return "heads", f"{block.kind.replace('-', '_')}_heads"
 
 
 class _LearningRateProbe(FairseqOptimizer):
