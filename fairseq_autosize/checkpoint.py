@@ -174,6 +174,33 @@ def config_section(checkpoint: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {}
 
 
+def head_widths(checkpoint: Mapping[str, Any]) -> dict[str, int]:
+    """Rows of v that one attention head has in the encoder and in the decoder.
+
+    Args:
+        checkpoint: what `read_checkpoint` returned.
+
+    Returns:
+        ``encoder`` and ``decoder`` -> embedding size / number of heads of the architecture. A side
+        for which the settings do not tell is left out.
+    """
+    try:
+        config = model_config(checkpoint)
+    except CheckpointError:
+        return {}
+    result = {}
+    for side in ("encoder", "decoder"):
+        own = config.get(side)  # fairseq-hydra-train's way
+        nested = own if isinstance(own, Mapping) else {}
+        size, heads = (
+            nested.get(name, config.get(f"{side}_{name}"))
+            for name in ("embed_dim", "attention_heads")
+        )
+        if isinstance(size, int) and isinstance(heads, int) and heads > 0 and size % heads == 0:
+            result[side] = size // heads
+    return result
+
+
 def with_settings(
     checkpoint: Mapping[str, Any],
     section: str,

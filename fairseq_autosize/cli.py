@@ -180,16 +180,18 @@ def _compact(arguments: argparse.Namespace) -> None:
 
 def _describe(arguments: argparse.Namespace, result: Compaction, before: int, after: int) -> str:
     """What was done, and the commands that go on from there."""
-    wide = max(len(layer.name) for layer in result.layers)
+    # Attention is of interest only where it has lost heads.
+    layers = [*result.layers, *(x for x in result.attention if x.before != x.alive or x.folded)]
+    wide = max(len(layer.name) for layer in layers)
     lines = [
         f"{printable(layer.name).ljust(wide)}  {layer.before} -> {layer.after}"
         + (f" ({layer.after - layer.alive} of them padding)" if layer.after > layer.alive else "")
-        + (f", {layer.folded} constant neurons folded into fc2.bias" if layer.folded else "")
-        for layer in result.layers
+        + (f", {layer.folded} constant ones folded into the bias after" if layer.folded else "")
+        for layer in layers
     ]
     if result.ema_rows:
         lines.append(
-            f"the stored moving average loses {result.ema_rows} neurons that are dead in the model "
+            f"the stored moving average loses {result.ema_rows} rows that are dead in the model "
             "but not quite zero in the average; its translations may differ"
         )
     sizes = [os.path.getsize(path) for path in (arguments.checkpoint, arguments.output)]

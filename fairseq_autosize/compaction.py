@@ -1,9 +1,10 @@
-"""Make a pruned checkpoint physically smaller: the same function, without the dead neurons.
+"""Make a pruned checkpoint physically smaller: the same function, without what is dead.
 
 A neuron that is dead (all weights of its row of fc1 are zero) contributes ``act(bias)`` times its
 column of fc2, the same for every input. `compact` adds that constant to ``fc2.bias``, drops the
 row, the bias' entry and the column, and rewrites the settings so that fairseq builds the smaller
-model. The optimizer's state can be cut in the same way.
+model. So for an attention head: where all weights of its rows of v are zero, it contributes v's
+bias, since attention weights add up to 1. The optimizer's state can be cut in the same way.
 """
 
 import math
@@ -20,6 +21,7 @@ from . import __version__
 from .checkpoint import (
     CheckpointError,
     config_section,
+    head_widths,
     model_config,
     parameter_names,
     place,
@@ -27,10 +29,16 @@ from .checkpoint import (
     with_settings,
 )
 from .compat import require_fairseq
-from .groups import FeedForward, dead_neurons, feed_forward_in_state
+from .groups import (
+    Attention,
+    FeedForward,
+    attention_in_state,
+    dead_neurons,
+    feed_forward_in_state,
+)
 
 # Version of the "autosize" entry and of the layout that goes with it.
-FORMAT = 1
+FORMAT = 2  # 1 knew no attention heads
 
 # The stock model, and the one that takes a width for each layer.
 _WITH_WIDTHS = {
@@ -61,15 +69,15 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class LayerChange:
-    """What compaction did to one layer.
+    """What compaction did to one block: a layer's neurons, or an attention's heads.
 
     Attributes:
-        name: path of the layer, such as ``encoder.layers.0``.
-        kind: ``encoder-ffn`` or ``decoder-ffn``.
-        before: neurons in the input.
-        alive: neurons that are not dead.
-        after: neurons in the output; more than `alive` where it was padded.
-        folded: dead neurons with a constant output, which went into ``fc2.bias``.
+        name: path, such as ``encoder.layers.0`` or ``encoder.layers.0.self_attn``.
+        kind: such as ``encoder-ffn`` or ``cross-attention``.
+        before: neurons or heads in the input.
+        alive: those that are not dead.
+        after: those in the output; more than `alive` where it was padded.
+        folded: dead ones with a constant output, which went into the next bias.
     """
 
     name: str
@@ -87,37 +95,36 @@ class Compaction:
     Attributes:
         checkpoint: for `checkpoint.write_checkpoint`.
         layers: one entry a feed-forward layer.
+        attention: one entry an attention block.
         arch: the architecture's name in the output.
         widths: ``encoder`` and ``decoder`` -> their new widths, first layer first.
+        heads: ``encoder``, ``decoder`` and ``cross`` -> heads of each attention block, first layer
+            first; empty while all have the architecture's number.
         ema_rows: rows dropped from a stored moving average that were not zero in it; the mask is
             the model's, and an average never gets to exact zeros.
     """
 
     checkpoint: dict[str, Any]
     layers: tuple[LayerChange, ...]
+    attention: tuple[LayerChange, ...]
     arch: str
     widths: dict[str, list[int]]
+    heads: dict[str, list[int]]
     ema_rows: int
 
     def width_options(self) -> list[str]:
         """The options with which fairseq-train builds these widths, for an arch with widths."""
-        return [
-            word
-            for side, widths in self.widths.items()
-            for word in (f"--{side}-ffn-dims", ",".join(map(str, widths)))
-        ]
+        counts = {f"--{side}-ffn-dims": widths for side, widths in self.widths.items()}
+        counts |= {f"--{part}-head-counts": heads for part, heads in self.heads.items()}
+        return [word for flag, n in counts.items() for word in (flag, ",".join(map(str, n)))]
 
 
 @dataclass(frozen=True)
 class _Cut:
-    """Which neurons of a layer stay, and how many dead ones follow as padding."""
+    """Which rows of a block stay, and how many of zeros follow as padding."""
 
     kept: Tensor
     padding: int
-
-    @property
-    def width(self) -> int:
-        return len(self.kept) + self.padding
 
     def apply(self, tensor: Tensor, dim: int) -> Tensor:
         chosen = tensor.index_select(dim, self.kept)
@@ -136,6 +143,7 @@ def compact(
     multiple_of: int = 1,
     min_width: int = 0,
     keep_optimizer: bool = False,
+    full_heads: bool = False,
     provenance: Mapping[str, Any] | None = None,
 ) -> Compaction:
     """Remove the dead feed-forward neurons of a checkpoint.
@@ -143,10 +151,12 @@ def compact(
     Args:
         checkpoint: what `checkpoint.read_checkpoint` returns; it stays as it is.
         uniform: pad all layers of the encoder, and all of the decoder, to the widest one's width,
-            so that the stock architecture holds the result. At least one neuron stays.
+            so that the stock architecture holds the result. At least one neuron stays. Attention
+            gets all of the architecture's heads, dead ones included.
         multiple_of: pad every width to a multiple of this; zero stays zero.
         min_width: pad every width to at least this.
         keep_optimizer: keep the optimizer's state, cut like the parameters; otherwise drop it.
+        full_heads: let attention have all of the architecture's heads, as with `uniform`.
         provenance: plain values to note in the result, such as the input's hash.
 
     Returns:
@@ -168,37 +178,30 @@ def compact(
     stock, arch = _architecture(checkpoint)
     layers = feed_forward_in_state(state)
     _check(state, layers)
-    cuts = _plan(layers, uniform, multiple_of, min_width)
-    parameters = _cuts_by_parameter(layers, cuts)
-    constants = {
-        layer.name: _constant(state, layer, _activation_name(checkpoint)) for layer in layers
-    }
+    sides = head_widths(checkpoint)
+    heads = attention_in_state(state, sides)
+    blocks = [
+        *_plan_layers(state, layers, _activation_name(checkpoint), uniform, multiple_of, min_width),
+        *_plan_heads(state, heads, sides, uniform or full_heads),
+    ]
+    parameters = {name: cut for block in blocks for name, cut in block.cuts.items()}
+    biases = {name: bias for block in blocks for name, bias in block.biases.items()}
     result = {
         **checkpoint,
-        "model": _cut_state(
-            state,
-            parameters,
-            {f"{name}.fc2.bias": bias for name, (_, bias) in constants.items() if bias is not None},
-        ),
+        "model": _cut_state(state, parameters, biases),
         "last_optimizer_state": _cut_optimizer(checkpoint, parameters) if keep_optimizer else None,
     }
     ema_rows = _cut_ema(result, parameters)
-    changes = tuple(
-        LayerChange(
-            layer.name,
-            layer.kind,
-            before=layer.fc1_weight.shape[0],
-            alive=len(cut.kept),
-            after=cut.width,
-            folded=constants[layer.name][0],
-        )
-        for layer, cut in zip(layers, cuts, strict=True)
+    changes, attention = (
+        tuple(block.change for block in blocks if block.change.kind.endswith("ffn") == ffn)
+        for ffn in (True, False)
     )
     widths = _widths_by_side(result["model"])
+    counts = _head_counts(result["model"], sides)
     arch = arch.removesuffix("_autosize") + ("" if uniform else "_autosize")
-    result = _rewrite_settings(result, arch, stock, widths, uniform)
-    _note(result, changes, dict(provenance or {}))
-    return Compaction(result, changes, arch, widths, ema_rows)
+    result = _rewrite_settings(result, arch, stock, widths, counts, uniform)
+    _note(result, [*changes, *attention], dict(provenance or {}))
+    return Compaction(result, changes, attention, arch, widths, counts, ema_rows)
 
 
 def _architecture(checkpoint: Mapping[str, Any]) -> tuple[str, str]:
@@ -234,10 +237,30 @@ def _check(state: Mapping[str, Tensor], layers: Sequence[FeedForward]) -> None:
             )
 
 
-def _plan(
-    layers: Sequence[FeedForward], uniform: bool, multiple_of: int, min_width: int
-) -> list[_Cut]:
-    kept = [torch.nonzero(~dead_neurons(layer.fc1_weight)).flatten() for layer in layers]
+@dataclass(frozen=True)
+class _Planned:
+    """What is to be done to one block.
+
+    Attributes:
+        change: for the report.
+        cuts: parameter -> how it is cut, and along which dimension.
+        biases: parameter -> its new value, with what dead groups contributed to it.
+    """
+
+    change: LayerChange
+    cuts: dict[str, tuple[_Cut, int]]
+    biases: dict[str, Tensor]
+
+
+def _plan_layers(
+    state: Mapping[str, Tensor],
+    layers: Sequence[FeedForward],
+    activation: str,
+    uniform: bool,
+    multiple_of: int,
+    min_width: int,
+) -> list[_Planned]:
+    kept = [torch.nonzero(~layer.dead()).flatten() for layer in layers]
 
     def padded(width: int) -> int:
         return math.ceil(max(width, min_width) / multiple_of) * multiple_of
@@ -249,19 +272,46 @@ def _plan(
             # At least 1: converters of stock models do not expect a layer without neurons.
             widest[layer.kind] = max(width, widest.get(layer.kind, padded(1)))
         widths = [widest[layer.kind] for layer in layers]
-    return [_Cut(i, width - len(i)) for i, width in zip(kept, widths, strict=True)]
+    planned = []
+    for layer, indices, width in zip(layers, kept, widths, strict=True):
+        cut = _Cut(indices, width - len(indices))
+        folded, bias = _constant(state, layer, activation)
+        change = LayerChange(layer.name, layer.kind, layer.count, len(indices), width, folded)
+        cuts = {
+            f"{layer.name}.fc1.weight": (cut, 0),
+            f"{layer.name}.fc1.bias": (cut, 0),
+            f"{layer.name}.fc2.weight": (cut, 1),
+        }
+        biases = {} if bias is None else {f"{layer.name}.fc2.bias": bias}
+        planned.append(_Planned(change, cuts, biases))
+    return planned
 
 
-def _cuts_by_parameter(
-    layers: Sequence[FeedForward], cuts: Sequence[_Cut]
-) -> dict[str, tuple[_Cut, int]]:
-    """Parameter -> how its layer is cut, and along which dimension."""
-    found = {}
-    for layer, cut in zip(layers, cuts, strict=True):
-        found[f"{layer.name}.fc1.weight"] = (cut, 0)
-        found[f"{layer.name}.fc1.bias"] = (cut, 0)
-        found[f"{layer.name}.fc2.weight"] = (cut, 1)
-    return found
+def _plan_heads(
+    state: Mapping[str, Tensor],
+    blocks: Sequence[Attention],
+    widths: Mapping[str, int],
+    full: bool,
+) -> list[_Planned]:
+    planned = []
+    for block in blocks:
+        dead = block.dead()
+        alive = torch.nonzero(~dead).flatten()
+        width = widths[block.name.partition(".")[0]]
+        # Head by head; all rows of one stay together.
+        rows = (alive.unsqueeze(1) * width + torch.arange(width)).flatten()
+        count = block.out_weight.shape[0] // width if full else len(alive)
+        folded, bias = _constant_of_heads(state, block, dead.repeat_interleave(width))
+        cut = _Cut(rows, count * width - len(rows))
+        cuts = {f"{block.name}.out_proj.weight": (cut, 1)}
+        for name in block.projections:
+            cuts |= {f"{block.name}.{name}.{part}": (cut, 0) for part in ("weight", "bias")}
+        change = LayerChange(
+            block.name, block.kind, block.count, len(alive), count, folded // width
+        )
+        biases = {} if bias is None else {f"{block.name}.out_proj.bias": bias}
+        planned.append(_Planned(change, cuts, biases))
+    return planned
 
 
 def _activation_name(checkpoint: Mapping[str, Any]) -> str:
@@ -293,6 +343,24 @@ def _constant(
         )
     bias = state[name].double() + layer.fc2_weight[:, dead].double() @ outputs
     return int((outputs != 0).sum()), bias.to(state[name].dtype)
+
+
+def _constant_of_heads(
+    state: Mapping[str, Tensor], block: Attention, dead: Tensor
+) -> tuple[int, Tensor | None]:
+    """As `_constant`: rows of dead heads whose v has a bias, and out_proj.bias with them."""
+    if "v_proj" not in block.biases:
+        return 0, None
+    biases = torch.where(dead, block.biases["v_proj"].double(), 0.0)
+    if not bool(biases.any()) or not bool(block.out_weight[:, dead].any()):
+        return 0, None
+    name = f"{block.name}.out_proj.bias"
+    if name not in state:
+        raise CheckpointError(
+            f"{printable(name)} is missing, so the constant output of dead heads cannot be kept"
+        )
+    bias = state[name].double() + block.out_weight.double() @ biases
+    return int(dead.sum()), bias.to(state[name].dtype)
 
 
 def _cut_state(
@@ -403,7 +471,7 @@ def _cut_ema(result: dict[str, Any], cuts: Mapping[str, tuple[_Cut, int]]) -> in
         changed[key] = _cut_state(average, cuts, {})
         if key == "ema":
             for name in cuts:
-                if name.endswith("fc1.weight") and name in average:
+                if name.endswith(("fc1.weight", "v_proj.weight")) and name in average:
                     before, after = average[name], changed[key][name]
                     rows += int((~dead_neurons(before)).sum() - (~dead_neurons(after)).sum())
     result["extra_state"] = changed
@@ -422,11 +490,33 @@ def _widths_by_side(state: Mapping[str, Tensor]) -> dict[str, list[int]]:
     return result
 
 
+def _head_counts(state: Mapping[str, Tensor], widths: Mapping[str, int]) -> dict[str, list[int]]:
+    """``encoder``, ``decoder``, ``cross`` -> heads of each layer; empty if none has lost one."""
+    result = {}
+    for part, side, module in (
+        ("encoder", "encoder", "self_attn"),
+        ("decoder", "decoder", "self_attn"),
+        ("cross", "decoder", "encoder_attn"),
+    ):
+        counts: list[int] = []
+        full = 0
+        while side in widths:
+            out = state.get(f"{side}.layers.{len(counts)}.{module}.out_proj.weight")
+            if out is None:
+                break
+            full = out.shape[0] // widths[side]
+            counts.append(out.shape[1] // widths[side])
+        if any(count != full for count in counts):
+            result[part] = counts
+    return result
+
+
 def _rewrite_settings(
     checkpoint: dict[str, Any],
     arch: str,
     stock: str,
     widths: Mapping[str, Sequence[int]],
+    heads: Mapping[str, Sequence[int]],
     uniform: bool,
 ) -> dict[str, Any]:
     """Make the settings name the smaller model, and a task that plain fairseq knows."""
@@ -442,10 +532,13 @@ def _rewrite_settings(
         model[f"{side}_ffn_embed_dim"] = max(sizes)
         if not uniform:
             model[f"{side}_ffn_dims"] = ",".join(map(str, sizes))
+    for part, counts in heads.items():
+        model[f"{part}_head_counts"] = ",".join(map(str, counts))
     if old.get("task") in _STOCK_TASKS:
         model["task"] = _STOCK_TASKS[old["task"]]
-    dims = [f"{side}_ffn_dims" for side in widths] if uniform else []
-    checkpoint = with_settings(checkpoint, "model", model, drop=dims)
+    gone = [f"{side}_ffn_dims" for side in widths] if uniform else []
+    gone += [f"{part}_head_counts" for part in ("encoder", "decoder", "cross")]
+    checkpoint = with_settings(checkpoint, "model", model, drop=gone)
     task = config_section(checkpoint, "task").get("_name")
     if task in _STOCK_TASKS:
         checkpoint = with_settings(checkpoint, "task", {"_name": _STOCK_TASKS[task]})
@@ -459,6 +552,8 @@ def _note(
     note = checkpoint.get("autosize")
     history = note.get("history", []) if isinstance(note, dict) else []
     if not history or any(change.before != change.after or change.folded for change in changes):
+        # Attention is of interest only where it has lost heads.
+        changes = [c for c in changes if c.kind.endswith("ffn") or c.before != c.after]
         step = {
             "version": __version__,
             "widths_before": {change.name: change.before for change in changes},

@@ -88,7 +88,7 @@ def export_ctranslate2(
             f"ctranslate2 is needed for the export and does not load ({error}); install it: "
             "pip install ctranslate2"
         ) from error
-    small = compact(checkpoint, min_width=1).checkpoint
+    small = compact(checkpoint, min_width=1, full_heads=True).checkpoint
     settings = _flat_settings(small, data)
     task = _task(settings)
     sentences = _sentences(settings, task)

@@ -141,7 +141,8 @@ class Attention:
 
     def dead(self) -> Tensor:
         """Which heads are dead: all weights of their rows of v are zero; shape (heads,)."""
-        return dead_neurons(self.projections["v_proj"].reshape(self.count, -1))
+        v = self.projections["v_proj"]
+        return dead_neurons(v.reshape(self.count, v.numel() // max(1, self.count)))
 
     def parameters_per_group(self) -> int:
         """What compaction removes with one head."""
@@ -348,11 +349,12 @@ def feed_forward_in_state(state: Mapping[str, Tensor]) -> list[FeedForward]:
 def attention_in_state(
     state: Mapping[str, Tensor], head_widths: Mapping[str, int]
 ) -> list[Attention]:
-    """The attention blocks in a model's state dict that still have heads.
+    """The attention blocks in a model's state dict, those without heads included.
 
     Args:
         state: parameter name -> tensor, as under ``model`` in a fairseq checkpoint.
-        head_widths: ``encoder`` and ``decoder`` -> rows of v of one head on that side.
+        head_widths: ``encoder`` and ``decoder`` -> rows of v of one head on that side; attention
+            on a side that is missing is left out.
 
     Returns:
         One `Attention` a block, in the order of the state dict; blocks that share their storage
@@ -369,11 +371,14 @@ def attention_in_state(
         match = _LAYER.search(layer)
         if name == key or match is None or part not in ("self_attn", "encoder_attn"):
             continue
+        width = head_widths.get(match["side"])
+        if width is None:
+            continue
         weights = {x: state.get(f"{name}.{x}.weight") for x in ("q_proj", "k_proj", "v_proj")}
         biases = {x: state[f"{name}.{x}.bias"] for x in weights if f"{name}.{x}.bias" in state}
         out = state.get(f"{name}.out_proj.weight")
         rows = value.shape[0]
-        heads, rest = divmod(rows, head_widths[match["side"]])
+        heads, rest = divmod(rows, width)
         shapes = [None if x is None else tuple(x.shape) for x in (*weights.values(), out)]
         if (
             rest
@@ -384,9 +389,9 @@ def attention_in_state(
         ):
             raise GroupError(
                 f"{name}: q_proj, k_proj, v_proj and out_proj of shapes {shapes} do not belong "
-                f"together, or not to heads of width {head_widths[match['side']]}"
+                f"together, or not to heads of width {width}"
             )
-        if not heads or value.data_ptr() in seen:
+        if heads and value.data_ptr() in seen:
             continue
         seen.add(value.data_ptr())
         kind = "cross-attention" if part == "encoder_attn" else f"{match['side']}-attention"

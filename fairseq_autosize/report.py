@@ -6,13 +6,13 @@ from typing import Any
 import torch
 
 from . import __version__
-from .checkpoint import config_section, parameter_names, printable
+from .checkpoint import config_section, head_widths, parameter_names, printable
 from .compat import fairseq_version
-from .groups import dead_neurons, feed_forward_in_state
+from .groups import Block, attention_in_state, feed_forward_in_state
 
 
 def count_neurons(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Count the feed-forward neurons of a checkpoint, and the parameters they account for.
+    """Count the neurons and attention heads of a checkpoint, and the parameters they account for.
 
     A neuron is pruned when all weights of its row of fc1 are exactly zero; one that holds NaN
     counts as alive. Compaction removes its row of fc1, its entry of the bias and its column of
@@ -23,25 +23,36 @@ def count_neurons(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         Plain data with the keys ``layers`` (a list of name, kind, total, alive, pruned),
-        ``ffn_neurons`` (total, alive, pruned), ``parameters`` (total: as fairseq-train logs it
-        under "num. shared model params"; compact: after compaction) and ``signature``.
+        ``ffn_neurons`` (total, alive, pruned), ``attention`` and ``attention_heads`` (the same for
+        heads; empty where the settings do not tell their number), ``parameters`` (total: as
+        fairseq-train logs it under "num. shared model params"; compact: after compaction) and
+        ``signature``.
 
     Raises:
         GroupError: the model has no feed-forward layers; the message lists what was found.
         CheckpointError: the settings in the checkpoint are not a mapping.
     """
     state = checkpoint["model"]
-    layers = []
     removable = 0
-    for layer in feed_forward_in_state(state):
-        total = layer.fc1_weight.shape[0]
-        pruned = int(dead_neurons(layer.fc1_weight).sum())
-        removable += pruned * layer.parameters_per_group()
-        layers.append({"name": layer.name, "kind": layer.kind, **_tally([(total, pruned)])})
+
+    def counted(blocks: Iterable[Block]) -> list[dict[str, Any]]:
+        nonlocal removable
+        entries = []
+        for block in blocks:
+            pruned = int(block.dead().sum())
+            removable += pruned * block.parameters_per_group()
+            tally = _tally([(block.count, pruned)])
+            entries.append({"name": block.name, "kind": block.kind, **tally})
+        return entries
+
+    layers = counted(feed_forward_in_state(state))
+    attention = counted(attention_in_state(state, head_widths(checkpoint)))
     parameters = sum(state[name].numel() for name in parameter_names(state))
     return {
         "layers": layers,
         "ffn_neurons": _tally((layer["total"], layer["pruned"]) for layer in layers),
+        "attention": attention,
+        "attention_heads": _tally((block["total"], block["pruned"]) for block in attention),
         "parameters": {"total": parameters, "compact": parameters - removable},
         "signature": signature(_settings(checkpoint)),
     }
@@ -111,6 +122,9 @@ def format_count(count: Mapping[str, Any]) -> str:
         own = [layer for layer in count["layers"] if layer["kind"] == f"{side}-ffn"]
         totals.append(_row(side, _tally((layer["total"], layer["pruned"]) for layer in own)))
     totals.append(_row("all", count["ffn_neurons"]))
+    if count["attention_heads"]["pruned"]:
+        rows += [_row(printable(block["name"]), block) for block in count["attention"]]
+        totals.append(_row("heads", count["attention_heads"]))
     widths = [max(map(len, column)) for column in zip(header, *rows, *totals, strict=True)]
 
     def line(cells: Iterable[str]) -> str:

@@ -401,7 +401,7 @@ def test_bad_arguments_are_refused_by_name(options):
     [
         ("3,x", "--encoder-ffn-dims 3,x: must be numbers >= 0"),
         ("3,-1", "--encoder-ffn-dims 3,-1: must be numbers >= 0"),
-        ("3", "--encoder-ffn-dims 3: gives 1 widths for 2 encoder layers"),
+        ("3", "--encoder-ffn-dims 3: gives 1 sizes for 2 layers"),
     ],
 )
 def test_bad_widths_are_refused_by_the_flags_name(dims, message):

@@ -1,12 +1,26 @@
 """Attention heads as groups: which parameters they have, and the proximal step on them."""
 
+from argparse import Namespace
+
 import pytest
 import torch
+from fairseq.models import build_model as build
 from fairseq.optim import build_optimizer
-from small_models import build_language_model, build_model
+from fairseq.sequence_generator import SequenceGenerator
+from small_models import (
+    build_language_model,
+    build_model,
+    checkpoint_of,
+    dictionary,
+    model_in,
+    model_task,
+)
+from test_compaction import outputs, prune
 from test_control import ADAM
 from test_proximal_optimizer import whole_config
 
+from fairseq_autosize.checkpoint import parameter_names
+from fairseq_autosize.compaction import compact
 from fairseq_autosize.groups import (
     Attention,
     GroupError,
@@ -15,6 +29,7 @@ from fairseq_autosize.groups import (
 )
 from fairseq_autosize.prox import OPERATORS
 from fairseq_autosize.proximal_optimizer import GroupShape, ProximalOptimizer
+from fairseq_autosize.report import count_neurons
 from fairseq_autosize.strength import Goal, Plan
 
 WIDTHS = {"encoder": 4, "decoder": 4}  # d = 8, two heads
@@ -160,3 +175,130 @@ def test_target_over_neurons_and_heads(operator, adam):
         dead[type(block)] += int(block.dead().sum())
     assert sum(dead.values()) == 50
     assert 6 <= dead[Attention] < 12
+
+
+# --- counting and compaction --------------------------------------------------------------------
+
+
+def kill_heads(model, dead: dict[str, list[int]], bias: float = 0.0) -> None:
+    """Zero heads of the blocks named, with this bias of v."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for block in blocks_in_model(model, ("attention",)):
+            attention = model.get_submodule(block.name)
+            attention.v_proj.bias.uniform_(-0.5, 0.5)
+            for head in dead.get(block.name, []):
+                rows = slice(4 * head, 4 * head + 4)
+                attention.v_proj.weight[rows] = 0
+                attention.v_proj.bias[rows] = bias
+
+
+DEAD = {
+    "encoder.layers.0.self_attn": [0],
+    "encoder.layers.1.self_attn": [0, 1],
+    "decoder.layers.0.self_attn": [0, 1],
+    "decoder.layers.0.encoder_attn": [1],
+    "decoder.layers.1.encoder_attn": [0, 1],
+}
+
+
+def assert_same_function(model, checkpoint) -> None:
+    # With fewer heads fairseq computes attention by itself, and its softmax in float32.
+    torch.testing.assert_close(outputs(model_in(checkpoint)), outputs(model), rtol=0, atol=1e-6)
+
+
+def translations(model) -> list:
+    """Hypotheses and scores of a beam search, which decodes step by step."""
+    generator = SequenceGenerator([model], dictionary(), beam_size=3, max_len_b=12)
+    tokens = torch.randint(4, 14, (4, 6), generator=torch.manual_seed(0))
+    sample = {"src_tokens": tokens, "src_lengths": torch.full((4,), 6)}
+    found = generator.generate([model], {"net_input": sample})
+    return [(h[0]["tokens"].tolist(), round(float(h[0]["score"]), 5)) for h in found]
+
+
+@pytest.mark.parametrize("bias", [0.0, 0.7])
+@pytest.mark.parametrize("uniform", [False, True])
+def test_without_its_dead_heads_the_model_computes_the_same(uniform, bias):
+    model, args = build_model(share_all_embeddings=True)
+    kill_heads(model, DEAD, bias)
+    prune(model, (7, 0, 10, 1))
+    result = compact(checkpoint_of(model, args), uniform=uniform)
+    assert_same_function(model, result.checkpoint)
+    assert translations(model_in(result.checkpoint)) == translations(model.eval())
+    wanted = {"encoder": [1, 0], "decoder": [0, 2], "cross": [1, 0]}
+    assert result.heads == ({} if uniform else wanted)
+    assert result.arch == ("transformer" if uniform else "transformer_autosize")
+    assert sum(block.folded for block in result.attention) == (8 if bias else 0)
+    options = dict(zip(*[iter(result.width_options())] * 2, strict=True))
+    assert options.get("--cross-head-counts") == (None if uniform else "1,0")
+
+    before, after = count_neurons(checkpoint_of(model, args)), count_neurons(result.checkpoint)
+    assert before["attention_heads"] == {"total": 12, "alive": 4, "pruned": 8}
+    assert after["attention_heads"]["total"] == (12 if uniform else 4)
+    assert after["attention_heads"]["alive"] == 4
+    if not uniform:
+        assert after["parameters"]["total"] == before["parameters"]["compact"]
+    # Again, and from the one form to the other.
+    again = compact(result.checkpoint, uniform=uniform)
+    assert again.checkpoint["model"].keys() == result.checkpoint["model"].keys()
+    assert_same_function(model, again.checkpoint)
+    other = compact(result.checkpoint, uniform=not uniform)
+    assert other.heads == (wanted if uniform else {})
+    assert_same_function(model, other.checkpoint)
+
+
+def test_language_model_without_heads():
+    model, args = build_language_model()
+    kill_heads(model, {"decoder.layers.0.self_attn": [0, 1], "decoder.layers.1.self_attn": [1]})
+    result = compact(checkpoint_of(model, args))
+    assert result.heads == {"decoder": [0, 1]}
+    assert_same_function(model, result.checkpoint)
+
+
+def test_small_model_trains_on_with_its_heads():
+    """Also what has no head left, and the prox on what has."""
+    model, args = build_model()
+    kill_heads(model, DEAD)
+    small = model_in(compact(checkpoint_of(model, args)).checkpoint).train()
+    optimizer = optimizer_of(small)
+    blocks = blocks_in_model(small, ("all",))
+    assert [block.count for block in blocks if isinstance(block, Attention)] == [1, 1, 2]
+    proximal = ProximalOptimizer(optimizer, blocks, OPERATORS["l21"], Plan(0.1))
+    first = float(loss(small))
+    for update in range(20):
+        backward(small, optimizer, update)
+        proximal.step(update)
+    assert float(loss(small)) < first
+
+
+def test_optimizer_state_is_cut_with_its_heads():
+    model, args = build_model()
+    optimizer = optimizer_of(model)
+    backward(model, optimizer)
+    optimizer.step()
+    kill_heads(model, DEAD)
+    checkpoint = checkpoint_of(model, args) | {"last_optimizer_state": optimizer.state_dict()}
+    result = compact(checkpoint, keep_optimizer=True).checkpoint
+    names = parameter_names(result["model"])
+    slots = result["last_optimizer_state"]["state"]
+    for index, name in enumerate(names):
+        assert slots[index]["exp_avg"].shape == result["model"][name].shape
+    old = dict(model.named_parameters())["encoder.layers.0.self_attn.v_proj.weight"]
+    index = names.index("encoder.layers.0.self_attn.v_proj.weight")
+    kept = optimizer.optimizer.state[old]["exp_avg"][4:]
+    assert torch.equal(slots[index]["exp_avg"], kept)
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ("3,1", "head counts: 3 heads, but the architecture has 2"),
+        ("1", "--encoder-head-counts 1: gives 1 sizes for 2 layers"),
+        ("1,x", "--encoder-head-counts 1,x: must be numbers >= 0"),
+    ],
+)
+def test_bad_head_counts_are_refused(counts, message):
+    _, args = build_model()
+    settings = vars(args) | {"_name": "transformer_autosize", "encoder_head_counts": counts}
+    with pytest.raises(ValueError, match=message):
+        build(Namespace(**settings), model_task())

@@ -1,8 +1,8 @@
-"""fairseq's Transformers with a width of its own for each feed-forward layer, zero included.
+"""fairseq's Transformers with a size of its own for each feed-forward layer and each attention.
 
 For each architecture of ``transformer`` and ``transformer_lm`` there is one with ``_autosize`` at
-the end of its name, such as ``transformer_iwslt_de_en_autosize``: the same defaults, and the
-options ``--encoder-ffn-dims`` and ``--decoder-ffn-dims``.
+the end of its name, such as ``transformer_iwslt_de_en_autosize``: the same defaults, and options
+for the widths and the numbers of heads, layer by layer, zero included.
 """
 
 import warnings
@@ -19,8 +19,9 @@ from fairseq.models import (
 )
 from fairseq.models.transformer import TransformerModel
 from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig
+from fairseq.modules import MultiheadAttention
 from fairseq.tasks import FairseqTask
-from torch import nn
+from torch import Tensor, nn
 
 _SIDES = ("encoder", "decoder")
 
@@ -28,11 +29,22 @@ _HELP = (
     "FFN neurons of each {side} layer, first layer first, such as 310,90,0; "
     "default: --{side}-ffn-embed-dim in every layer"
 )
+_HELP_HEADS = (
+    "heads of the {part} in each {side} layer, first layer first, such as 4,3,0; default: "
+    "--{side}-attention-heads in every layer, whose width heads always have"
+)
+
+# Name of the option -> side and module of the layer, and how help calls it.
+_ATTENTION = {
+    "encoder": ("encoder", "self_attn", "self-attention"),
+    "decoder": ("decoder", "self_attn", "self-attention"),
+    "cross": ("decoder", "encoder_attn", "attention to the encoder"),
+}
 
 
 @register_model("transformer_autosize")
 class TransformerAutosizeModel(TransformerModel):
-    """``transformer`` with ``--encoder-ffn-dims`` and ``--decoder-ffn-dims``."""
+    """``transformer`` with ``--encoder-ffn-dims``, ``--encoder-head-counts`` and the like."""
 
     @classmethod
     def hub_models(cls) -> dict[str, Any]:
@@ -46,18 +58,21 @@ class TransformerAutosizeModel(TransformerModel):
             parser.add_argument(
                 f"--{side}-ffn-dims", metavar="N,N,...", help=_HELP.format(side=side)
             )
+        for name, (side, _, part) in _ATTENTION.items():
+            parser.add_argument(
+                f"--{name}-head-counts",
+                metavar="N,N,...",
+                help=_HELP_HEADS.format(side=side, part=part),
+            )
 
     @classmethod
     def build_model(cls, args: Namespace, task: FairseqTask) -> "TransformerAutosizeModel":
-        """Build the stock model, and then the feed-forward layers of the widths asked for."""
+        """Build the stock model, and then the blocks of the sizes asked for."""
         # Before the stock class forgets them; it changes the number of layers for these.
         kept = {side: getattr(args, f"{side}_layers_to_keep", None) for side in _SIDES}
         model = super().build_model(args, task)
         for side in _SIDES:
-            layers = list(getattr(model, side).layers.children())  # LayerDrop's own iterator skips
-            widths = layer_widths(args, side, len(layers), kept[side])
-            if widths is not None:
-                set_widths(layers, widths)
+            _resize(args, side, getattr(model, side), kept[side])
         return model
 
 
@@ -68,11 +83,15 @@ class TransformerLanguageModelAutosizeConfig(TransformerLanguageModelConfig):
     decoder_ffn_dims: Optional[str] = field(  # noqa: UP045 - fairseq does not know `|`
         default=None, metadata={"help": _HELP.format(side="decoder")}
     )
+    decoder_head_counts: Optional[str] = field(  # noqa: UP045
+        default=None,
+        metadata={"help": _HELP_HEADS.format(side="decoder", part="self-attention")},
+    )
 
 
 @register_model("transformer_lm_autosize", dataclass=TransformerLanguageModelAutosizeConfig)
 class TransformerLanguageModelAutosize(TransformerLanguageModel):
-    """``transformer_lm`` with ``--decoder-ffn-dims``."""
+    """``transformer_lm`` with ``--decoder-ffn-dims`` and ``--decoder-head-counts``."""
 
     @classmethod
     def hub_models(cls) -> dict[str, Any]:
@@ -80,44 +99,55 @@ class TransformerLanguageModelAutosize(TransformerLanguageModel):
 
     @classmethod
     def build_model(cls, args: Any, task: FairseqTask) -> "TransformerLanguageModelAutosize":
-        """Build the stock model, and then the feed-forward layers of the widths asked for."""
+        """Build the stock model, and then the blocks of the sizes asked for."""
         kept = getattr(args, "decoder_layers_to_keep", None)
         model = super().build_model(args, task)
-        layers = list(model.decoder.layers.children())
-        widths = layer_widths(args, "decoder", len(layers), kept)
-        if widths is not None:
-            set_widths(layers, widths)
+        _resize(args, "decoder", model.decoder, kept)
         return model
 
 
-def layer_widths(args: Any, side: str, layers: int, kept: str | None = None) -> list[int] | None:
-    """The widths that ``--{side}-ffn-dims`` asks for; None where it is not given.
+def _resize(args: Any, side: str, stack: nn.Module, kept: str | None) -> None:
+    """Give the layers of an encoder or a decoder the sizes that the options ask for."""
+    layers = list(stack.layers.children())  # LayerDrop's own iterator skips some
+    widths = layer_sizes(args, f"{side}_ffn_dims", len(layers), kept)
+    if widths is not None:
+        set_widths(layers, widths)
+    for name, (own, module, _) in _ATTENTION.items():
+        if own == side and hasattr(layers[0], module):
+            counts = layer_sizes(args, f"{name}_head_counts", len(layers), kept)
+            if counts is not None:
+                set_heads(layers, module, counts)
+
+
+def layer_sizes(args: Any, option: str, layers: int, kept: str | None = None) -> list[int] | None:
+    """The sizes that an option gives for each layer; None where it is not given.
 
     Args:
-        args: settings with ``encoder_ffn_dims`` or ``decoder_ffn_dims``.
-        side: ``encoder`` or ``decoder``.
+        args: settings that may have `option`.
+        option: such as ``encoder_ffn_dims`` or ``cross_head_counts``.
         layers: number of layers that the model has.
-        kept: value of ``--{side}-layers-to-keep``; widths are then those of all layers before.
+        kept: value of ``--encoder-layers-to-keep`` or the decoder's; the sizes are then those of
+            all layers before.
 
     Raises:
         ValueError: not a list of numbers >= 0, or not one for each layer; names the flag.
     """
-    text = getattr(args, f"{side}_ffn_dims", None)
+    text = getattr(args, option, None)
     if not text:
         return None
-    flag = f"--{side}-ffn-dims {text}"
+    flag = f"--{option.replace('_', '-')} {text}"
     parts = text.split(",")
     if not all(part.strip().isdecimal() for part in parts):
         raise ValueError(f"{flag}: must be numbers >= 0, separated by commas, one for each layer")
-    widths = [int(part) for part in parts]
+    sizes = [int(part) for part in parts]
     if kept:
         chosen = sorted(int(index) for index in kept.split(","))
-        if chosen[-1] >= len(widths):
-            raise ValueError(f"{flag}: --{side}-layers-to-keep {kept} names a layer beyond these")
-        widths = [widths[index] for index in chosen]
-    if len(widths) != layers:
-        raise ValueError(f"{flag}: gives {len(widths)} widths for {layers} {side} layers")
-    return widths
+        if chosen[-1] >= len(sizes):
+            raise ValueError(f"{flag}: layers-to-keep {kept} names a layer beyond these")
+        sizes = [sizes[index] for index in chosen]
+    if len(sizes) != layers:
+        raise ValueError(f"{flag}: gives {len(sizes)} sizes for {layers} layers")
+    return sizes
 
 
 def set_widths(layers: Iterable[nn.Module], widths: Iterable[int]) -> None:
@@ -129,6 +159,60 @@ def set_widths(layers: Iterable[nn.Module], widths: Iterable[int]) -> None:
             noise = (layer.quant_noise, layer.quant_noise_block_size)
             layer.fc1 = layer.build_fc1(layer.embed_dim, width, *noise)
             layer.fc2 = layer.build_fc2(width, layer.embed_dim, *noise)
+
+
+def set_heads(layers: Iterable[nn.Module], module: str, counts: Iterable[int]) -> None:
+    """Replace the attention `module` of each layer by one with a number of heads, untrained."""
+    for layer, heads in zip(layers, counts, strict=True):
+        old = getattr(layer, module)
+        if heads != old.num_heads:
+            setattr(layer, module, PrunedAttention(old, heads))
+
+
+class PrunedAttention(MultiheadAttention):
+    """fairseq's attention with fewer heads than its input is wide; with none, a constant.
+
+    Args:
+        stock: attention with all heads; sizes and settings are taken from it.
+        heads: 0 <= heads <= those of `stock`.
+
+    Raises:
+        ValueError: more heads than that.
+    """
+
+    def __init__(self, stock: MultiheadAttention, heads: int) -> None:
+        if heads > stock.num_heads:
+            raise ValueError(
+                f"head counts: {heads} heads, but the architecture has {stock.num_heads}"
+            )
+        super().__init__(
+            stock.embed_dim,
+            stock.num_heads,
+            kdim=stock.kdim,
+            vdim=stock.vdim,
+            dropout=stock.dropout_module.p,
+            bias=stock.q_proj.bias is not None,
+            self_attention=stock.self_attention,
+            encoder_decoder_attention=stock.encoder_decoder_attention,
+        )
+        self.num_heads = heads
+        self.embed_dim = width = heads * self.head_dim
+        with warnings.catch_warnings():
+            # torch says of a layer without entries that there is nothing to initialise.
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+            for name in ("q_proj", "k_proj", "v_proj"):
+                old = getattr(self, name)
+                setattr(self, name, nn.Linear(old.in_features, width, old.bias is not None))
+            self.out_proj = nn.Linear(width, stock.embed_dim)
+            if heads:
+                self.reset_parameters()
+        self._set_skip_embed_dim_check()
+
+    def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As fairseq's; without heads the output is out_proj's bias, and there are no weights."""
+        if self.num_heads:
+            return super().forward(query, *args, **kwargs)
+        return self.out_proj.bias.expand(query.shape), None
 
 
 def _register_architectures() -> None:
