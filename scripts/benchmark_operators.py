@@ -163,33 +163,61 @@ def build_model(layers: int, width: int, ffn: int, heads: int, words: int) -> to
 
 
 def time_training(name: str, model: torch.nn.Module, tokens: int, words: int, rounds: int) -> dict:
-    """One update (forward, backward, Adam) against one step of each operator on all fc1."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    """One update (forward, backward, Adam) against what the options add to it.
+
+    The additions are timed by themselves, with an inner optimizer that does nothing: against the
+    noise of whole updates a hundredth could not be seen.
+    """
+    from fairseq.optim.adam import FairseqAdam, FairseqAdamConfig
+
+    from fairseq_autosize.groups import blocks_in_model
+    from fairseq_autosize.proximal_optimizer import GroupShape, ProximalOptimizer
+    from fairseq_autosize.strength import Goal, Plan
+
+    config = FairseqAdamConfig(lr=[1e-4], adam_betas="(0.9, 0.999)", tpu=False)
+    optimizer = FairseqAdam(config, list(model.parameters()))
     length = 25
     batch = torch.randint(4, words, (tokens // length, length))
     lengths = torch.full((len(batch),), length)
-    layers = [m for m in model.modules() if hasattr(m, "fc1")]
-    groups = [(m.fc1.weight, m.fc1.bias) for m in layers]
+    adam_step = optimizer.step
 
     def update() -> None:
         optimizer.zero_grad()
         logits, _ = model(batch, lengths, batch)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.flatten())
         loss.backward()
-        optimizer.step()
+        adam_step()
 
     update()
-    times = {"update": [], "l21": [], "linf1": []}
+    optimizer.step = lambda: None
+    steps = {}
+    plain, everything = GroupShape(), GroupShape(fc2=True, adam=True)
+    for operator in prox.OPERATORS:
+        for label, groups, shape, target in (
+            ("", "ffn", plain, False),
+            (" target", "ffn", plain, True),
+            (" metric", "ffn", GroupShape(adam=True), False),
+            (" everything", "all", everything, True),
+        ):
+            blocks = blocks_in_model(model, (groups,))
+            plan = Plan(freeze_update=1000) if target else Plan(strength=1e-3, step_size=1.0)
+            steps[operator + label] = ProximalOptimizer(
+                optimizer, blocks, prox.OPERATORS[operator], plan, shape
+            )
+            if target:
+                count = sum(block.count for block in blocks)
+                steps[operator + label].goal = Goal(count // 2, (1,) * len(blocks))
+    initial = {name: value.clone() for name, value in model.state_dict().items()}
+    whole, times = [], {label: [] for label in steps}
     for _ in range(rounds):
-        for operator in ("l21", "linf1"):
-            times["update"].append(seconds(update))
-            prox_ = prox.OPERATORS[operator].prox_
-            times[operator].append(seconds(lambda p=prox_: [p(w, 1e-3, b) for w, b in groups]))
-    whole = median(times["update"])
-    return {"model": name, "tokens": tokens, "update_ms": 1e3 * whole} | {
-        f"{operator} share %": 100 * median(times[operator]) / whole
-        for operator in ("l21", "linf1")
-    }
+        whole.append(seconds(update))
+        for label, step in steps.items():
+            model.load_state_dict(initial)
+            times[label].append(seconds(lambda s=step: s.step(0)))
+        model.load_state_dict(initial)
+    result = {"model": name, "tokens": tokens, "update_ms": 1e3 * median(whole)}
+    shares = {label: 100 * median(t) / median(whole) for label, t in times.items()}
+    return result | {f"{label} %": share for label, share in shares.items()}
 
 
 def part_training_small(rounds: int) -> list[dict]:

@@ -9,7 +9,9 @@ from conftest import TINY_MODEL, TINY_TRAINING, run_program
 from test_cli_compact import COMMAND
 from test_training import AUTOSIZE, assert_same_checkpoints, count_dead, layers_of, logged
 
-from fairseq_autosize.checkpoint import read_checkpoint
+from fairseq_autosize.checkpoint import read_checkpoint, write_checkpoint
+from fairseq_autosize.compaction import compact
+from fairseq_autosize.export import export_ctranslate2
 from fairseq_autosize.groups import dead_neurons, feed_forward_in_state
 from fairseq_autosize.report import count_neurons
 
@@ -97,3 +99,33 @@ def test_targets_that_cannot_be_met_end_the_start(options, message, corpus, tmp_
     assert result.returncode != 0
     assert re.search(message, result.stdout.strip().splitlines()[-1])
     assert not list(tmp_path.glob("*.pt"))
+
+
+def test_pruned_heads_are_compacted_and_translate_the_same(corpus, run, tmp_path):
+    output = run(
+        *(*TRAIN, corpus, "--prox", "l21", "--prox-groups", "attention", "--max-update", "40"),
+        *("--prox-target-sparsity", "0.6", "--save-dir", tmp_path),
+    ).stdout
+    assert "12 groups (heads: rows of v with bias, columns of out_proj); 7 of them dead" in output
+    assert "cross-attention: 2 2 heads in layers 1 to 2" in output
+    assert logged(output)[-1]["heads_pruned"] == 7
+    pruned = read_checkpoint(tmp_path / "checkpoint_last.pt")
+    heads = count_neurons(pruned)["attention_heads"]
+    assert heads == {"total": 12, "alive": 5, "pruned": 7}
+    small = compact(pruned)
+    assert sum(map(sum, small.heads.values())) == 5
+    write_checkpoint(small.checkpoint, tmp_path / "small.pt")
+    generate = ("fairseq_cli.generate", corpus, *AUTOSIZE, "--cpu", "--max-tokens", "400")
+    generate += ("--required-batch-size-multiple", "1", "--beam", "3", "--max-len-b", "12")
+    lines = [
+        re.findall(r"^H-.*", run(*generate, "--path", tmp_path / name).stdout, re.M)
+        for name in ("checkpoint_last.pt", "small.pt")
+    ]
+    assert len(lines[0]) == 43
+    for one, other in zip(*lines, strict=True):
+        (_, score, text), (_, other_score, other_text) = one.split("\t"), other.split("\t")
+        assert text == other_text
+        assert float(score) == pytest.approx(float(other_score), abs=1e-4)
+    pytest.importorskip("ctranslate2")
+    agreement = export_ctranslate2(small.checkpoint, tmp_path / "ct2", data=corpus)
+    assert agreement.largest < 1e-4
