@@ -730,23 +730,45 @@ def prox_l21_diagonal(
         return _split(w, weight, bias)
     e = t.unsqueeze(1) / d
     dual = torch.linalg.vector_norm(d * w, dim=1)
-    # Two lower bounds of s: the equation with the largest t/d, or with the largest d, everywhere.
-    norm = torch.linalg.vector_norm(w, dim=1)
-    s = torch.maximum(norm - e.amax(1), (dual - t) / d.amax(1))
-    eps = torch.finfo(s.dtype).eps
-    for _ in range(_MAX_NEWTON_STEPS):
-        # Newton on 1/‖w/(s + e)‖ = 1, whose left side is concave in s: from below without overshoot
-        shifted = s.unsqueeze(1) + e
-        q = w / shifted
-        size = torch.linalg.vector_norm(q, dim=1)
-        step = (size - 1) * size.square() / (q.square() / shifted).sum(1)
-        moving = step > eps * s
-        if not moving.any():
+    # Below s: as if d were the largest everywhere. Above: t = 0.
+    size = _sizes_in_metric(w, e, (dual - t) / d.amax(1), torch.linalg.vector_norm(w, dim=1))
+    size = torch.where(dual <= t, 0.0, size)
+    size = size.unsqueeze(1)
+    scale = size / (size + e)
+    for value, limit in ((0.0, 0.0), (math.inf, 1.0)):
+        scale[size.squeeze(1) == value] = limit
+    return _split(scale.mul_(w), weight, bias)
+
+
+def _sizes_in_metric(w: Tensor, e: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """The s ≥ 0 with ‖w/(s + e)‖₂ = 1 in each row.
+
+    Newton on 1/‖w/(s + e)‖ = 1, whose left side is concave in s: it ascends from below without
+    overshoot, and from above, where s is if thresholds are small, one step leads below.
+
+    Args:
+        w, e: (rows, columns).
+        lower, upper: (rows,), on either side of s.
+    """
+    eps = torch.finfo(w.dtype).eps
+    sizes, current, rows = upper, upper, None  # rows still moving; None for all
+    for turn in range(_MAX_NEWTON_STEPS):
+        inverse = (current.unsqueeze(1) + e).reciprocal_()
+        q = inverse * w
+        square = torch.linalg.vecdot(q, q)
+        step = (square.sqrt() - 1) * square / torch.linalg.vecdot(q.square_(), inverse)
+        if turn == 0:
+            sizes = current = torch.fmax(current + step, lower)
+            continue
+        moving = (step > eps * current).nonzero().squeeze(1)
+        if len(moving) == 0:
             break
-        s = torch.where(moving, s + step, s)
-    s = torch.where(dual <= t, 0.0, s).unsqueeze(1)
-    scale = torch.where((e == 0) | (s == math.inf), 1.0, s / (s + e))
-    return _split(w * scale, weight, bias)
+        if 2 * len(moving) < len(current):  # else copying costs more than it saves
+            rows = moving if rows is None else rows[moving]
+            w, e, current, step = (x.index_select(0, moving) for x in (w, e, current, step))
+        current = torch.where(step > 0, current + step, current)
+        sizes = current if rows is None else sizes.index_copy(0, rows, current)
+    return sizes
 
 
 @torch.no_grad()
