@@ -211,6 +211,7 @@ def _describe(arguments: argparse.Namespace, result: Compaction, before: int, af
         f"--path {arguments.output} ...",
         f"train on: fairseq-train DATA --user-dir fairseq_autosize {' '.join(architecture)} "
         f"{start} {arguments.output} ...",
+        "          (...: the other options as in the training, the sizes of the model among them)",
     ]
     return "\n".join(lines) + "\n"
 

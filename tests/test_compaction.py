@@ -100,6 +100,26 @@ def test_language_model(uniform):
     assert_same_function(model, result.checkpoint)
 
 
+@pytest.mark.parametrize("uniform", [False, True])
+def test_language_model_keeps_the_name_of_its_architecture(uniform):
+    model, args = build_language_model(_name="transformer_lm_gpt")
+    prune(model, (3, 0))
+    result = compact(compact(checkpoint_of(model, args)).checkpoint, uniform=uniform)
+    assert result.arch == ("transformer_lm_gpt" if uniform else "transformer_lm_gpt_autosize")
+    assert result.checkpoint["cfg"]["model"]._name == result.arch
+    assert_same_function(model, result.checkpoint)
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_nested_settings_of_hydra(uniform):
+    sizes = {"layers": 2, "embed_dim": 8, "attention_heads": 2}
+    model, args = build_model(
+        encoder={**sizes, "ffn_embed_dim": 12}, decoder={**sizes, "ffn_embed_dim": 10}
+    )
+    prune(model, (3, 0, 7, 1))
+    assert_same_function(model, compact(checkpoint_of(model, args), uniform=uniform).checkpoint)
+
+
 @pytest.mark.parametrize("activation", ["relu", "relu_squared", "gelu", "gelu_accurate", "tanh"])
 @pytest.mark.parametrize("bias", [0.7, -0.7])
 def test_constant_neurons_are_folded_into_the_bias(activation, bias):
