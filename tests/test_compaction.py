@@ -222,13 +222,13 @@ def test_ties_and_shared_layers_stay_shared(tmp_path):
 
 
 def test_bytes_saved_are_those_of_the_neurons(tmp_path):
-    model, args = build_model(encoder_ffn_embed_dim=2048, decoder_ffn_embed_dim=2048)
-    prune(model, (300, 0, 2047, 1000))
+    model, args = build_model(encoder_ffn_embed_dim=40_000, decoder_ffn_embed_dim=40_000)
+    prune(model, (300, 0, 39_999, 1001))
     checkpoint = checkpoint_of(model, args) | {"last_optimizer_state": None}
     write_checkpoint(checkpoint, tmp_path / "pruned.pt")
     write_checkpoint(compact(checkpoint).checkpoint, tmp_path / "small.pt")
     saved = (tmp_path / "pruned.pt").stat().st_size - (tmp_path / "small.pt").stat().st_size
-    assert saved == pytest.approx(4 * (2 * 8 + 1) * (4 * 2048 - 3347), rel=5e-3)
+    assert saved == pytest.approx(4 * (2 * 8 + 1) * (4 * 40_000 - 41_300), rel=1e-3)
 
 
 def test_note_tells_what_was_done():
