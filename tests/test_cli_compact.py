@@ -1,6 +1,7 @@
 """`fairseq-autosize compact` and the commands around it: as programs, on trained models."""
 
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -51,6 +52,20 @@ def test_existing_output_is_kept_without_force(saved, tmp_path, capsys):
     assert main(["compact", str(saved), str(out), "--force"]) == 0
     assert "encoder.layers.0  2000 -> 1000\n" in capsys.readouterr().out
     assert out.stat().st_size < 0.8 * saved.stat().st_size
+
+
+def test_messages_are_in_one_format_and_leave_no_trace(saved, tmp_path, capsys, monkeypatch):
+    root = logging.StreamHandler()
+    monkeypatch.setattr(logging.root, "handlers", [root])  # as some of fairseq's modules do
+    loggers = [logging.getLogger(name) for name in ("fairseq_autosize", "fairseq")]
+    before = [(x.level, x.propagate, list(x.handlers)) for x in loggers]
+    (tmp_path / ".small.pt.01234567.tmp").write_text("half")
+    assert main(["compact", str(saved), str(tmp_path / "small.pt")]) == 0
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "left by a run" in x]
+    name = re.escape(str(tmp_path / ".small.pt.01234567.tmp"))
+    assert re.fullmatch(rf"[-\d]+ [:\d]+ \| WARNING \| fairseq_autosize\.\w+ \| {name}: .*", line)
+    assert [(x.level, x.propagate, list(x.handlers)) for x in loggers] == before
+    assert logging.root.handlers == [root]
 
 
 def test_truncated_and_missing_inputs(saved, tmp_path, capsys):
