@@ -48,6 +48,7 @@ class AutosizeMixin(FairseqTask):
     _meters: tuple[str, ...] = ()
     _counts: tuple[int, dict[str, float]] | None = None  # (update, what was counted then)
     _update_num: int = 0
+    _without_neurons: bool = False  # as compaction leaves a model in which all are dead
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -76,7 +77,10 @@ class AutosizeMixin(FairseqTask):
         if self.settings.prox != "none":
             if self._whole_config is not None:
                 check_training_mode(self._whole_config)
-            feed_forward_in_model(model, self.settings.groups)
+            layers = feed_forward_in_model(model, self.settings.groups)
+            if not any(layer.fc1_weight.numel() for layer in layers):
+                self._without_neurons = True
+                logger.warning("--prox %s: there are no neurons to shrink", self.settings.prox)
         elif ignored := [name for name in _OPTIONS if name != "prox" and self._is_set(name)]:
             flags = ", ".join("--" + name.replace("_", "-") for name in ignored)
             logger.warning("no effect, since --prox is none: %s", flags)
@@ -109,7 +113,7 @@ class AutosizeMixin(FairseqTask):
     ) -> None:
         """One update: the optimizer's step, then the proximal steps. fairseq calls it after
         reduction and clipping, before the EMA, and not at all after an fp16 overflow."""
-        if self.settings.prox == "none":
+        if self.settings.prox == "none" or self._without_neurons:
             super().optimizer_step(optimizer, model, update_num)
             return
         if self._proximal is None or self._proximal.optimizer is not optimizer:
@@ -144,10 +148,6 @@ class AutosizeMixin(FairseqTask):
     ) -> ProximalOptimizer:
         settings = self.settings
         self._layers = feed_forward_in_model(_unwrap(model), settings.groups)
-        if not any(layer.fc1_weight.numel() for layer in self._layers):
-            raise ConfigError(
-                f"--prox {settings.prox}: the feed-forward layers have no neurons to shrink"
-            )
         self._strength = settings.strength
         if self._strength is None:
             self._strength = self._default_strength()
