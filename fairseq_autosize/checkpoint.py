@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import hashlib
 import io
+import logging
 import os
 import pickle
 import re
@@ -22,6 +23,8 @@ import torch
 from torch import Tensor
 
 from . import compat  # noqa: F401 - registers what fairseq checkpoints hold
+
+logger = logging.getLogger(__name__)
 
 Path = str | os.PathLike[str]
 
@@ -102,6 +105,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path, force: bool = Fa
             f"{target}: exists already; choose another name, or overwrite it with --force"
         )
     directory, name = os.path.split(target)
+    _tell_left_over(directory, name)
     # In the same directory: only within a file system is the renaming atomic.
     partial = os.path.join(directory, f".{name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -116,6 +120,17 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path, force: bool = Fa
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(partial)
+
+
+def _tell_left_over(directory: str, name: str) -> None:
+    """Name the partial files of earlier writes; they may belong to one still running, so stay."""
+    pattern = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}\.tmp")
+    with contextlib.suppress(OSError):  # the writing itself will tell
+        for found in sorted(filter(pattern.fullmatch, os.listdir(directory or "."))):
+            logger.warning(
+                "%s: left by a run that was killed, unless one is writing now; it can be removed",
+                os.path.join(directory, found),
+            )
 
 
 def file_sha256(path: Path) -> str:

@@ -31,11 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         standard error. (argparse leaves with 2 as well for a wrong command line.)
     """
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(format="%(asctime)s | %(levelname)s | %(name)s | %(message)s")
-    logging.getLogger("fairseq").setLevel(logging.WARNING)
-    logging.getLogger("fairseq_autosize").setLevel(logging.INFO)
     try:
-        arguments.run(arguments)
+        with _logging():
+            arguments.run(arguments)
         sys.stdout.flush()
     except (CheckpointError, GroupError, ExportError, StageError, ImportError) as error:
         sys.stderr.write(f"{_PROG}: error: {printable(str(error))}\n")
@@ -45,6 +43,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         # when it ends, which must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+@contextlib.contextmanager
+def _logging() -> Iterator[None]:
+    """Show this package's messages and fairseq's warnings on standard error, as fairseq does.
+
+    Not through the root logger: some of fairseq's modules configure it when they are imported, in
+    formats of their own. Who calls `main` from a program finds the loggers as they were.
+    """
+    handler = logging.StreamHandler()
+    form = "%(asctime)s | %(levelname)s | %(name)s | %(message)s"
+    handler.setFormatter(logging.Formatter(form, datefmt="%Y-%m-%d %H:%M:%S"))
+    before = []
+    for name, level in (("fairseq_autosize", logging.INFO), ("fairseq", logging.WARNING)):
+        logger = logging.getLogger(name)
+        before.append((logger, logger.level, logger.propagate))
+        logger.setLevel(level)
+        logger.propagate = False
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger, level, propagate in before:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagate
 
 
 @contextlib.contextmanager
@@ -213,6 +237,7 @@ def _describe(arguments: argparse.Namespace, result: Compaction, before: int, af
         f"--path {arguments.output} ...",
         f"train on: fairseq-train DATA --user-dir fairseq_autosize {' '.join(architecture)} "
         f"{start} {arguments.output} ...",
+        "          (...: the other options as in the training, the sizes of the model among them)",
     ]
     return "\n".join(lines) + "\n"
 

@@ -525,11 +525,13 @@ def _rewrite_settings(
     if "arch" in old:
         model["arch"] = arch
     if "_name" in old:
-        # Models with a dataclass are named by the model, others by the architecture.
         by_model = stock if uniform else _WITH_WIDTHS[stock]
-        model["_name"] = arch if old["_name"] == old.get("arch") else by_model
+        # The architecture's name, in language models the only place of it; or the model's.
+        model["_name"] = arch if old["_name"] == old.get("arch", old["_name"]) else by_model
     for side, sizes in widths.items():
         model[f"{side}_ffn_embed_dim"] = max(sizes)
+        if isinstance(old.get(side), Mapping):  # fairseq-hydra-train's, which comes first
+            model[side] = {**old[side], "ffn_embed_dim": max(sizes)}
         if not uniform:
             model[f"{side}_ffn_dims"] = ",".join(map(str, sizes))
     for part, counts in heads.items():

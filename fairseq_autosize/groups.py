@@ -245,7 +245,7 @@ def blocks_in_model(model: nn.Module, groups: Sequence[str] = ("ffn",)) -> list[
         ):
             block = getattr(module, part, None)
             if kind in kinds and block is not None:
-                found += _attention(f"{name}.{part}", kind, block)
+                found.append(_attention(f"{name}.{part}", kind, block))
     if not found:
         classes = Counter(type(m).__name__ for n, m in model.named_modules() if n)
         listed = ", ".join(f"{name} x{count}" for name, count in sorted(classes.items()))
@@ -282,13 +282,10 @@ def _feed_forward(name: str, match: re.Match, module: nn.Module) -> FeedForward 
     return FeedForward(name, kind, fc1.weight, fc1.bias, fc2.weight, activation)
 
 
-def _attention(name: str, kind: str, block: nn.Module) -> list[Attention]:
-    """The block, or none where it has no head left."""
+def _attention(name: str, kind: str, block: nn.Module) -> Attention:
     parts = {part: getattr(block, part, None) for part in ("q_proj", "k_proj", "v_proj")}
     out = getattr(block, "out_proj", None)
     heads = getattr(block, "num_heads", None)
-    if heads == 0:
-        return []
     if heads is None or not all(isinstance(x, nn.Linear) for x in (*parts.values(), out)):
         raise GroupError(
             f"{name}: {type(block).__name__} is no attention with q_proj, k_proj, v_proj, "
@@ -300,7 +297,7 @@ def _attention(name: str, kind: str, block: nn.Module) -> list[Attention]:
         )
     weights = {part: linear.weight for part, linear in parts.items()}
     biases = {part: linear.bias for part, linear in parts.items() if linear.bias is not None}
-    return [Attention(name, kind, heads, weights, biases, out.weight)]
+    return Attention(name, kind, heads, weights, biases, out.weight)
 
 
 def feed_forward_in_state(state: Mapping[str, Tensor]) -> list[FeedForward]:

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 _NEEDED_IN_CHECKPOINTS = ("--no-save", "--no-last-checkpoints", "--no-save-optimizer-state")
 _RESETS = ("--reset-optimizer", "--reset-lr-scheduler", "--reset-meters", "--reset-dataloader")
 
+_LAST = "checkpoint_last.pt"
+
 
 class StageError(ValueError):
     """A training that cannot be done in stages, or whose stage failed; one line."""
@@ -42,8 +44,8 @@ def train_in_stages(arguments: Sequence[str], share: float, epochs: int) -> list
         CheckpointError: the checkpoint of a stage cannot be compacted.
     """
     own = _parse(arguments, epochs)
-    last = Path(own.save_dir, "checkpoint_last.pt")
-    if last.exists() and own.restore_file == "checkpoint_last.pt":
+    last = Path(own.save_dir, _LAST)
+    if last.exists():
         raise StageError(
             f"{last} exists already; choose another --save-dir, or remove what is in it"
         )
@@ -80,11 +82,8 @@ def train_in_stages(arguments: Sequence[str], share: float, epochs: int) -> list
                 neurons["total"],
             )
             # fairseq takes the architecture from the command line; the last option counts.
-            extra = ["--restore-file", "checkpoint_last.pt"]
-            extra += ["--arch", f"{own.arch.removesuffix('_autosize')}_autosize"]
+            extra = ["--arch", f"{own.arch.removesuffix('_autosize')}_autosize"]
             extra += result.width_options()
-            if not any(map(any, result.widths.values())):
-                extra += ["--prox", "none"]  # there is nothing left to shrink
 
 
 def _parse(arguments: Sequence[str], epochs: int) -> Namespace:
@@ -92,7 +91,8 @@ def _parse(arguments: Sequence[str], epochs: int) -> Namespace:
     parser = ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--arch", "-a")
     parser.add_argument("--save-dir", default="checkpoints")
-    parser.add_argument("--restore-file", default="checkpoint_last.pt")
+    parser.add_argument("--restore-file", default=_LAST)
+    parser.add_argument("--continue-once")
     parser.add_argument("--max-epoch", type=int, default=0)
     parser.add_argument("--max-update", type=int, default=0)
     parser.add_argument("--save-interval", type=int, default=1)
@@ -103,6 +103,13 @@ def _parse(arguments: Sequence[str], epochs: int) -> Namespace:
         raise StageError("--arch: give the architecture, such as --arch transformer")
     if not (own.max_epoch or own.max_update):
         raise StageError("--max-update or --max-epoch: give one, so that the training has an end")
+    others = {"--restore-file": own.restore_file, "--continue-once": own.continue_once}
+    for flag, path in others.items():
+        if path not in (_LAST, None):
+            raise StageError(
+                f"{flag} {path}: the stages count their epochs from a training's start, so drop "
+                "it, or start from that model's parameters with --finetune-from-model"
+            )
     if epochs % own.save_interval:
         raise StageError(
             f"--save-interval {own.save_interval}: a stage of {epochs} epochs must end with a "

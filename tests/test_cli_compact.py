@@ -1,6 +1,7 @@
 """`fairseq-autosize compact` and the commands around it: as programs, on trained models."""
 
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import TINY_MODEL, TINY_TRAINING, USER_DIR, plain_fairseq, run_program
 from small_models import build_model, checkpoint_of
-from test_training import LM, PRUNING, logged
+from test_training import logged
 
 from fairseq_autosize.checkpoint import read_checkpoint, write_checkpoint
 from fairseq_autosize.cli import main
@@ -51,6 +52,20 @@ def test_existing_output_is_kept_without_force(saved, tmp_path, capsys):
     assert main(["compact", str(saved), str(out), "--force"]) == 0
     assert "encoder.layers.0  2000 -> 1000\n" in capsys.readouterr().out
     assert out.stat().st_size < 0.8 * saved.stat().st_size
+
+
+def test_messages_are_in_one_format_and_leave_no_trace(saved, tmp_path, capsys, monkeypatch):
+    root = logging.StreamHandler()
+    monkeypatch.setattr(logging.root, "handlers", [root])  # as some of fairseq's modules do
+    loggers = [logging.getLogger(name) for name in ("fairseq_autosize", "fairseq")]
+    before = [(x.level, x.propagate, list(x.handlers)) for x in loggers]
+    (tmp_path / ".small.pt.01234567.tmp").write_text("half")
+    assert main(["compact", str(saved), str(tmp_path / "small.pt")]) == 0
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "left by a run" in x]
+    name = re.escape(str(tmp_path / ".small.pt.01234567.tmp"))
+    assert re.fullmatch(rf"[-\d]+ [:\d]+ \| WARNING \| fairseq_autosize\.\w+ \| {name}: .*", line)
+    assert [(x.level, x.propagate, list(x.handlers)) for x in loggers] == before
+    assert logging.root.handlers == [root]
 
 
 def test_truncated_and_missing_inputs(saved, tmp_path, capsys):
@@ -108,6 +123,14 @@ def test_average_and_its_errors(saved, tmp_path, capsys):
         (["data", "--arch", "t", "--max-epoch", "2", "--no-save"], "--no-save: each stage goes on"),
         (["data", "--arch", "t", "--max-epoch", "2", "--reset-meters"], "--reset-meters: each"),
         (["data", "--arch", "t", "--max-epoch", "4", "--save-interval", "2"], "--save-interval 2:"),
+        (
+            ["data", "--arch", "t", "--max-epoch", "4", "--restore-file", "old.pt"],
+            "--restore-file old.pt: the stages count their epochs from a training's start",
+        ),
+        (
+            ["data", "--arch", "t", "--max-epoch", "4", "--continue-once=old.pt"],
+            "--continue-once old.pt: the stages count their epochs from a training's start",
+        ),
     ],
 )
 def test_trainings_that_cannot_go_in_stages(arguments, message, tmp_path, capsys):
@@ -197,9 +220,10 @@ def test_training_goes_on_as_without_compaction(trained, corpus, run, tmp_path):
 
 
 @pytest.mark.heavy
-def test_training_in_stages_ends_where_one_run_ends(corpus, run, tmp_path):
+def test_training_in_stages_ends_where_one_run_ends(trained, corpus, run, tmp_path):
     train = [corpus, "--user-dir", USER_DIR, *TINY_MODEL, *TINY_TRAINING, *DETERMINISTIC]
-    train += ["--max-update", "40", "--save-dir"]
+    # Only the first stage may start from it.
+    train += ["--finetune-from-model", trained, "--max-update", "30", "--save-dir"]
     whole = run("fairseq_cli.train", *train, tmp_path / "whole").stdout
     staged = subprocess.run(
         [
@@ -208,7 +232,7 @@ def test_training_in_stages_ends_where_one_run_ends(corpus, run, tmp_path):
             "--share",
             "0.01",
             "--stage-epochs",
-            "3",
+            "2",
             *train,
             tmp_path / "staged",
         ],
@@ -216,29 +240,14 @@ def test_training_in_stages_ends_where_one_run_ends(corpus, run, tmp_path):
         text=True,
     )
     assert staged.returncode == 0, staged.stderr[-4000:]
-    assert re.search(r"^trained with [1-9]", staged.stdout, re.M)
-    last = [logged(output, "valid")[-1] for output in (whole, staged.stdout + staged.stderr)]
-    assert last[1]["valid_num_updates"] == last[0]["valid_num_updates"]
-    assert last[1]["valid_loss"] == pytest.approx(last[0]["valid_loss"], abs=2e-3)
-    assert last[1]["valid_neurons_alive"] == last[0]["valid_neurons_alive"]
-
-
-@pytest.mark.heavy
-def test_language_model_has_the_same_perplexity(lm_corpus, run, tmp_path):
-    run(
-        *("fairseq_cli.train", lm_corpus, "--user-dir", USER_DIR, "--task", "language_modeling"),
-        *(*LM, *TINY_TRAINING, *PRUNING, "--save-dir", tmp_path),
-    )
-    told = compacted(tmp_path / "checkpoint_last.pt", tmp_path / "small.pt")
-    assert "architecture transformer_lm_autosize" in told
-    compacted(tmp_path / "checkpoint_last.pt", tmp_path / "uniform.pt", "--uniform")
-    evaluate = ["fairseq_cli.eval_lm", lm_corpus, "--user-dir", USER_DIR, "--cpu"]
-    evaluate += ["--max-tokens", "400", "--sample-break-mode", "eos"]
-    losses = []
-    for name in ("checkpoint_last.pt", "small.pt", "uniform.pt"):
-        output = run(*evaluate, "--path", tmp_path / name).stdout
-        losses.append(float(re.search(r"Loss \(base 2\): ([\d.]+)", output)[1]))
-    assert losses[1:] == pytest.approx([losses[0]] * 2, abs=1e-4)
+    # Some neurons die in the first stage, the others in the second: the third is without any.
+    widths = re.findall(r"^  encoder (\S+) (\S+); decoder (\S+) (\S+)$", staged.stdout, re.M)
+    assert len(widths) == 2 and set(widths[0]) != {"0"} == set(widths[1])
+    assert "--prox l21: there is nothing left to shrink" in staged.stdout
+    losses = [[p["loss"] for p in logged(output)] for output in (whole, staged.stdout)]
+    assert losses[1] == pytest.approx(losses[0], abs=2e-3)
+    ends = [logged(output, "valid")[-1]["valid_loss"] for output in (whole, staged.stdout)]
+    assert ends[1] == pytest.approx(ends[0], abs=2e-3)
 
 
 @pytest.mark.heavy

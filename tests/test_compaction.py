@@ -5,12 +5,15 @@ from argparse import Namespace
 
 import pytest
 import torch
+from fairseq.models import build_model as build
+from omegaconf import OmegaConf
 from small_models import (
     TASK,
     build_language_model,
     build_model,
     checkpoint_of,
     model_in,
+    model_task,
 )
 from torch import nn
 
@@ -98,6 +101,32 @@ def test_language_model(uniform):
     assert result.widths == {"decoder": [3, 3] if uniform else [3, 0]}
     assert result.arch == ("transformer_lm" if uniform else "transformer_lm_autosize")
     assert_same_function(model, result.checkpoint)
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_language_model_keeps_the_name_of_its_architecture(uniform):
+    model, args = build_language_model(_name="transformer_lm_gpt")
+    prune(model, (3, 0))
+    result = compact(compact(checkpoint_of(model, args)).checkpoint, uniform=uniform)
+    assert result.arch == ("transformer_lm_gpt" if uniform else "transformer_lm_gpt_autosize")
+    assert result.checkpoint["cfg"]["model"]._name == result.arch
+    assert_same_function(model, result.checkpoint)
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_nested_settings_of_hydra(uniform):
+    sizes = {"layers": 2, "embed_dim": 8, "attention_heads": 2}
+    model, args = build_model()
+    args.encoder = {**sizes, "ffn_embed_dim": 12}
+    args.decoder = {**sizes, "ffn_embed_dim": 10}
+    prune(model, (3, 0, 7, 1))
+    checkpoint = checkpoint_of(model, args)
+    checkpoint["cfg"]["model"] = vars(args)
+    result = compact(checkpoint, uniform=uniform).checkpoint
+    # As fairseq does with a plain dict; from a namespace it would take the flat sizes.
+    small = build(OmegaConf.create(result["cfg"]["model"]), model_task())
+    small.load_state_dict(result["model"])
+    torch.testing.assert_close(outputs(small), outputs(model), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("activation", ["relu", "relu_squared", "gelu", "gelu_accurate", "tanh"])
@@ -202,13 +231,13 @@ def test_ties_and_shared_layers_stay_shared(tmp_path):
 
 
 def test_bytes_saved_are_those_of_the_neurons(tmp_path):
-    model, args = build_model(encoder_ffn_embed_dim=2048, decoder_ffn_embed_dim=2048)
-    prune(model, (300, 0, 2047, 1000))
+    model, args = build_model(encoder_ffn_embed_dim=40_000, decoder_ffn_embed_dim=40_000)
+    prune(model, (300, 0, 39_999, 1001))
     checkpoint = checkpoint_of(model, args) | {"last_optimizer_state": None}
     write_checkpoint(checkpoint, tmp_path / "pruned.pt")
     write_checkpoint(compact(checkpoint).checkpoint, tmp_path / "small.pt")
     saved = (tmp_path / "pruned.pt").stat().st_size - (tmp_path / "small.pt").stat().st_size
-    assert saved == pytest.approx(4 * (2 * 8 + 1) * (4 * 2048 - 3347), rel=5e-3)
+    assert saved == pytest.approx(4 * (2 * 8 + 1) * (4 * 40_000 - 41_300), rel=1e-3)
 
 
 def test_note_tells_what_was_done():

@@ -51,6 +51,7 @@ class AutosizeMixin(FairseqTask):
     _meters: tuple[str, ...] = ()
     _counts: tuple[int, dict[str, float]] | None = None  # (update, what was counted then)
     _update_num: int = 0
+    _nothing_left: bool = False  # as compaction leaves a model in which all are dead
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -80,7 +81,9 @@ class AutosizeMixin(FairseqTask):
             if self._whole_config is not None:
                 check_training_mode(self._whole_config)
                 self.settings.freeze_of(self._max_update)
-            blocks_in_model(model, self.settings.groups)
+            if not any(block.count for block in blocks_in_model(model, self.settings.groups)):
+                self._nothing_left = True
+                logger.warning("--prox %s: there is nothing left to shrink", self.settings.prox)
         elif ignored := [name for name in _OPTIONS if name != "prox" and self._is_set(name)]:
             flags = ", ".join("--" + name.replace("_", "-") for name in ignored)
             logger.warning("no effect, since --prox is none: %s", flags)
@@ -113,7 +116,7 @@ class AutosizeMixin(FairseqTask):
     ) -> None:
         """One update: the optimizer's step, then the proximal steps. fairseq calls it after
         reduction and clipping, before the EMA, and not at all after an fp16 overflow."""
-        if self.settings.prox == "none":
+        if self.settings.prox == "none" or self._nothing_left:
             super().optimizer_step(optimizer, model, update_num)
             return
         if self._proximal is None or self._proximal.optimizer is not optimizer:
@@ -187,11 +190,6 @@ class AutosizeMixin(FairseqTask):
     ) -> ProximalOptimizer:
         settings = self.settings
         self._blocks = blocks_in_model(_unwrap(model), settings.groups)
-        if not any(block.count for block in self._blocks):
-            raise ConfigError(
-                f"--prox {settings.prox}: the layers of --prox-groups "
-                f"{','.join(settings.groups)} have nothing left to shrink"
-            )
         self._strength = settings.strength
         if self._strength is None and not settings.has_target:
             self._strength = self._default_strength()

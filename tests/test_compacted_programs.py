@@ -1,0 +1,303 @@
+"""Compacted checkpoints of real trainings in fairseq's programs, and what `compact` itself takes.
+
+Several runs share a process where nothing depends on it, which saves most of their time.
+"""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_MODEL, TINY_TRAINING, USER_DIR, run_program
+from small_models import build_model, checkpoint_of
+from test_training import LM
+
+from fairseq_autosize.checkpoint import read_checkpoint, write_checkpoint
+from fairseq_autosize.cli import main
+from fairseq_autosize.compaction import compact
+from fairseq_autosize.groups import dead_neurons, feed_forward_in_state
+
+pytestmark = pytest.mark.heavy
+
+AUTOSIZE = ["--user-dir", str(USER_DIR)]
+COMMAND = Path(sys.executable).with_name("fairseq-autosize")
+END = "=== end of a run"
+
+# Runs fairseq's program argv[1] once for each list of arguments in argv[2], after the code argv[3].
+SEVERAL = f"""
+import importlib, json, sys
+_, name, runs, first = sys.argv
+module = importlib.import_module(name)
+exec(first)
+for arguments in json.loads(runs):
+    sys.argv = [name, *arguments]
+    module.cli_main()
+    print({END!r}, flush=True)
+"""
+
+
+def run_several(
+    folder: Path, name: str, runs: Iterable[Sequence[object]], first: str = ""
+) -> list[str]:
+    """The outputs of several runs of a program of fairseq in one process."""
+    (folder / "several.py").write_text(SEVERAL)
+    lines = json.dumps([[str(argument) for argument in arguments] for arguments in runs])
+    # -m finds it in the folder; the package is found where the tests find it.
+    path = os.pathsep.join([str(folder), str(USER_DIR.parent)])
+    result = run_program("several", name, lines, first, path=Path(path))
+    assert result.returncode == 0, result.stdout[-6000:]
+    return result.stdout.split(END)[:-1]
+
+
+def prune_smallest(source: Path, target: Path, widths: Sequence[int]) -> None:
+    """Zero the rows of fc1 with the smallest norms; their biases, and so constants, stay."""
+    checkpoint = read_checkpoint(source)
+    layers = feed_forward_in_state(checkpoint["model"])
+    for layer, width in zip(layers, widths, strict=True):
+        order = layer.fc1_weight.norm(dim=1).argsort(descending=True)
+        layer.fc1_weight[order[width:]] = 0
+    write_checkpoint(checkpoint, target)
+
+
+def hypotheses(output: str) -> tuple[list[tuple[int, str]], list[float]]:
+    """All hypotheses of fairseq-generate in the order of the corpus, and their scores."""
+    found = re.findall(r"^H-(\d+)\t(\S+)\t(.*)$", output, re.M)
+    found.sort(key=lambda hit: int(hit[0]))
+    return [(int(n), text) for n, _, text in found], [float(score) for _, score, _ in found]
+
+
+def from_hub(folder: Path, name: str, corpus: Path, sources: list[str]) -> list[tuple[str, float]]:
+    """Best translations and scores (base 2) through fairseq's interface for Python."""
+    from fairseq.models.transformer import TransformerModel
+
+    model = TransformerModel.from_pretrained(str(folder), name, str(corpus)).eval()
+    best = [hypos[0] for hypos in model.generate([model.encode(s) for s in sources], max_len_b=10)]
+    return [(model.decode(hypo["tokens"]), float(hypo["score"]) / math.log(2)) for hypo in best]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--share-all-embeddings", "--activation-fn", "relu"],
+        [
+            *("--share-decoder-input-output-embed", "--activation-fn", "gelu"),
+            *("--encoder-normalize-before", "--decoder-normalize-before"),
+        ],
+    ],
+    ids=["relu-postnorm", "gelu-prenorm"],
+)
+def test_all_widths_translate_the_same(options, corpus, run, tmp_path):
+    model = [word for word in TINY_MODEL if word != "--share-all-embeddings"]
+    run(
+        *("fairseq_cli.train", corpus, *model, *TINY_TRAINING, "--encoder-layers", "3", *options),
+        *("--max-update", "60", "--save-dir", tmp_path, *AUTOSIZE),
+    )
+    prune_smallest(tmp_path / "checkpoint_last.pt", tmp_path / "pruned.pt", (0, 1, 24, 3, 7))
+    assert main(["compact", str(tmp_path / "pruned.pt"), str(tmp_path / "small.pt")]) == 0
+    uniform = [str(tmp_path / "pruned.pt"), str(tmp_path / "uniform.pt"), "--uniform"]
+    assert main(["compact", *uniform]) == 0
+    found = compact(read_checkpoint(tmp_path / "small.pt")).widths
+    assert found == {"encoder": [0, 1, 24], "decoder": [3, 7]}
+
+    names = ("pruned.pt", "small.pt", "uniform.pt")
+    generate = [corpus, *AUTOSIZE, "--cpu", "--max-tokens", "400", "--max-len-b", "10"]
+    generate += ["--required-batch-size-multiple", "1", "--nbest", "5", "--path"]
+    runs = [[*generate, tmp_path / name] for name in names]
+    outputs = run_several(tmp_path, "fairseq_cli.generate", runs)
+    texts, scores = hypotheses(outputs[0])
+    assert len(texts) == 5 * 43 and len(set(texts)) > 43
+    for output in outputs[1:]:
+        assert hypotheses(output)[0] == texts
+        assert hypotheses(output)[1] == pytest.approx(scores, abs=1e-4)
+
+    lines = re.findall(r"^S-(\d+)\t(.*)$", outputs[0], re.M)
+    best: dict[int, tuple[str, float]] = {}
+    for (number, text), score in zip(texts, scores, strict=True):
+        best.setdefault(number, (text, score))
+    for name in names[1:]:
+        told = from_hub(tmp_path, name, corpus, [source for _, source in lines])
+        for (number, _), (text, score) in zip(lines, told, strict=True):
+            assert text == best[int(number)][0]
+            assert score == pytest.approx(best[int(number)][1], abs=1e-4)
+
+
+def test_language_models_have_the_same_perplexity(lm_corpus, run, tmp_path):
+    run(
+        *("fairseq_cli.train", lm_corpus, *AUTOSIZE, "--task", "language_modeling", *LM),
+        *("--arch", "transformer_lm_gpt", "--decoder-layers", "4", *TINY_TRAINING),
+        *("--max-update", "40", "--save-dir", tmp_path),
+    )
+    prune_smallest(tmp_path / "checkpoint_last.pt", tmp_path / "pruned.pt", (24, 0, 1, 5))
+    for name, options in (("small.pt", []), ("uniform.pt", ["--uniform"])):
+        assert main(["compact", str(tmp_path / "pruned.pt"), str(tmp_path / name), *options]) == 0
+    evaluate = [lm_corpus, *AUTOSIZE, "--cpu", "--max-tokens", "400", "--sample-break-mode", "eos"]
+    runs = [[*evaluate, "--path", tmp_path / f"{n}.pt"] for n in ("pruned", "small", "uniform")]
+    # The log has two decimals.
+    exactly = (
+        "plain = module.main\n"
+        "module.main = lambda cfg: print('PERPLEXITY', float(plain(cfg)['perplexity']))"
+    )
+    outputs = run_several(tmp_path, "fairseq_cli.eval_lm", runs, exactly)
+    found = [float(re.search(r"^PERPLEXITY (\S+)$", output, re.M)[1]) for output in outputs]
+    assert found[1:] == pytest.approx([found[0]] * 2, rel=1e-5)
+
+
+def mean_losses(checkpoint: dict) -> dict[str, float]:
+    """The losses in the meters of a checkpoint: of the epoch, of the validation, of all updates."""
+    meters = checkpoint["extra_state"]["metrics"]
+    return {
+        group: float(meter["sum"]) / meter["count"]
+        for group in ("default", "train", "valid")
+        for _, name, _, meter in meters[group]
+        if name == "loss"
+    }
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["each", "flat"])
+def test_half_precision_training_goes_on_as_without_compaction(flat, corpus, capsys, tmp_path):
+    train = [corpus, *AUTOSIZE, *TINY_MODEL, *TINY_TRAINING, "--dropout", "0", "--fp16"]
+    train += ["--prox", "l21", "--prox-strength", "5", "--fp16-init-scale", "1"]
+    if not flat:
+        train += ["--fp16-no-flatten-grads", "--store-ema", "--ema-fp32", "--ema-decay", "0.9"]
+    # The device's number is a key of the flat tensors; a CPU parameter has none.
+    first = "import torch\ntorch.cuda.current_device = lambda: None" if flat else ""
+    wide, small, narrow = tmp_path / "wide", tmp_path / "small.pt", tmp_path / "narrow"
+    start = [*train, "--max-update", "35", "--save-dir", wide]
+    run_several(tmp_path, "fairseq_cli.train", [start], first)
+    last = wide / "checkpoint_last.pt"
+    assert len(read_checkpoint(last)["last_optimizer_state"]["state"]) == (1 if flat else 85)
+    assert main(["compact", str(last), str(small), "--keep-optimizer"]) == 0
+    told = capsys.readouterr().out
+    flags = re.search(r"^train on: .*?(--arch .*) \.\.\.$", told, re.M)[1].split()
+    more = [*train, "--max-update", "50", "--save-dir"]
+    run_several(tmp_path, "fairseq_cli.train", [[*more, wide], [*more, narrow, *flags]], first)
+
+    ends = [read_checkpoint(folder / "checkpoint_last.pt") for folder in (wide, narrow)]
+    assert [end["optimizer_history"][-1]["num_updates"] for end in ends] == [50, 50]
+    assert mean_losses(ends[1]) == pytest.approx(mean_losses(ends[0]), rel=1e-5)
+    ends = [compact(end) for end in ends]
+    assert ends[1].widths == ends[0].widths and any(map(any, ends[0].widths.values()))
+    assert [layer.before for layer in ends[1].layers] != [24] * 4
+    states = [[end.checkpoint["model"]] for end in ends]
+    if not flat:
+        for state, end in zip(states, ends, strict=True):
+            extra = end.checkpoint["extra_state"]
+            state += [extra["ema"], extra["ema_fp32_params"]]
+    for one, other in zip(*states, strict=True):
+        for name, value in one.items():
+            torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_stored_moving_average_loads(corpus, run, tmp_path):
+    """It computes what it did without the neurons that are dead in the model."""
+    from fairseq.checkpoint_utils import (
+        load_checkpoint_to_cpu,
+        load_ema_from_checkpoint,
+        load_model_ensemble_and_task,
+    )
+
+    run(
+        *("fairseq_cli.train", corpus, *AUTOSIZE, *TINY_MODEL, *TINY_TRAINING, "--store-ema"),
+        *("--ema-decay", "0.9", "--prox", "l21", "--prox-strength", "5", "--max-update", "40"),
+        *("--save-dir", tmp_path),
+    )
+    paths = [tmp_path / "checkpoint_last.pt", tmp_path / "small.pt"]
+    assert main(["compact", *map(str, paths)]) == 0
+    wide = read_checkpoint(paths[0])
+    outputs = []
+    for path in map(str, paths):
+        average = load_ema_from_checkpoint(path)["model"]
+        state = {**load_checkpoint_to_cpu(path), "model": average}
+        layers = zip(
+            feed_forward_in_state(wide["model"]), feed_forward_in_state(average), strict=True
+        )
+        if path == str(paths[0]):
+            for layer, averaged in layers:
+                dead = dead_neurons(layer.fc1_weight)
+                assert dead.any() and averaged.fc1_weight[dead].any()
+                averaged.fc1_weight[dead] = 0
+                averaged.fc1_bias[dead] = 0
+        (model,), _, _ = load_model_ensemble_and_task([path], state=state)
+        tokens = torch.arange(4, 24).view(2, 10)
+        with torch.no_grad():
+            outputs.append(model.eval()(tokens, torch.tensor([10, 10]), tokens.flip(1))[0])
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-5)
+
+
+# --- what the command takes, and what is left when it is killed ----------------------------------
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of 250 MB, two thirds of it Adam's state, with every tenth neuron dead."""
+    width = 4000
+    sizes = {f"{side}_embed_dim": 640 for side in ("encoder", "decoder")}
+    model, args = build_model(encoder_ffn_embed_dim=width, decoder_ffn_embed_dim=width, **sizes)
+    for layer in feed_forward_in_state(model.state_dict()):
+        layer.fc1_weight[::10] = 0
+        layer.fc1_bias[::10] = 0
+    slots = {
+        index: {key: torch.ones_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+        for index, parameter in enumerate(model.parameters())
+    }
+    checkpoint = checkpoint_of(model, args) | {
+        "last_optimizer_state": {"state": slots, "param_groups": [{"lr": 0.1}]}
+    }
+    path = tmp_path_factory.mktemp("large") / "large.pt"
+    write_checkpoint(checkpoint, path)
+    return path
+
+
+def peak_memory(code: str, *arguments: object) -> int:
+    """Most memory that a Python program had resident, in bytes.
+
+    Its own, from the kernel: getrusage would count that of the process that started it.
+    """
+    code += "\nprint(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1])"
+    result = subprocess.run(
+        [sys.executable, "-c", f"import re, sys\n{code}", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return 1024 * int(result.stdout.split()[-1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize(("options", "most"), [([], 1.7), (["--keep-optimizer"], 2.2)])
+def test_memory_in_terms_of_the_checkpoint(options, most, large, tmp_path):
+    """Beside the imports; with them, 2.5 times a checkpoint of 1 GB would be the limit."""
+    imports = "from fairseq_autosize.cli import main\nimport fairseq.models"
+    command = f"{imports}\nassert main(['compact', *sys.argv[1:]]) == 0"
+    taken = peak_memory(command, large, tmp_path / "small.pt", *options) - peak_memory(imports)
+    assert taken < most * large.stat().st_size
+
+
+def test_killed_while_writing(large, tmp_path, capsys):
+    out = tmp_path / "small.pt"
+    model, args = build_model()
+    write_checkpoint(checkpoint_of(model, args), out)
+    before = out.read_bytes()
+    command = [COMMAND, "compact", large, out, "--keep-optimizer", "--force"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(tmp_path.glob(".small.pt.*.tmp")):
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert out.read_bytes() == before
+    assert read_checkpoint(out)["model"].keys() == model.state_dict().keys()
+
+    (partial,) = tmp_path.glob(".small.pt.*.tmp")
+    assert main(["compact", str(large), str(out), "--force"]) == 0
+    assert f"{partial}: left by a run that was killed" in capsys.readouterr().err
+    assert partial.exists()
+    layer = feed_forward_in_state(read_checkpoint(out)["model"])[0]
+    assert layer.fc1_weight.shape == (3600, 640)
