@@ -12,7 +12,7 @@ from torch import Tensor
 from .groups import Block, Part
 from .masters import Master, find_masters
 from .prox import Operator
-from .strength import Goal, Plan, threshold_toward
+from .strength import Goal, Plan, survivors_weight, threshold_toward
 
 logger = logging.getLogger(__name__)
 
@@ -134,12 +134,22 @@ class ProximalOptimizer:
         if left <= 1:
             self._cut()
             return
-        norm = self._norm_to_lose()
+        norms, order, number = self._ranking()
+        norm = float(norms[order[number - 1]]) if number else 0.0
         self.threshold = threshold_toward(norm, left)
-        for groups in self._groups:
-            groups.shrink(self.threshold)
+        # The survivors of now are shrunk less and less (see docs/method.md).
+        start = self.plan.start_update
+        weight = survivors_weight((update_num - start) / (self._frozen_at - start))
+        thresholds = torch.full_like(norms, weight * self.threshold)
+        thresholds[order[:number]] = self.threshold
+        for groups, own in zip(self._groups, self._split(thresholds), strict=True):
+            groups.shrink(own)
         rate = max(self._rate(groups) or 0.0 for groups in self._groups)
         self.strength = self.threshold / rate if rate else None
+
+    def _split(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Values of all groups, block by block."""
+        return values.split([groups.count for groups in self._groups])
 
     def _rate(self, groups: "_Groups") -> float | None:
         # A composite optimizer has a generator here.
@@ -168,17 +178,12 @@ class ProximalOptimizer:
         number = int((removed < self.goal.amount).sum()) + 1 if self.goal.amount > 0 else 0
         return norms, order, min(number, len(norms))
 
-    def _norm_to_lose(self) -> float:
-        norms, order, number = self._ranking()
-        return float(norms[order[number - 1]]) if number else 0.0
-
     def _cut(self) -> None:
         """Zero exactly the groups that have to die, those of the smallest dual norms."""
         _, order, number = self._ranking()
         chosen = torch.zeros(len(order), dtype=torch.bool, device=order.device)
         chosen[order[:number]] = True
-        counts = [groups.count for groups in self._groups]
-        for groups, dead in zip(self._groups, chosen.split(counts), strict=True):
+        for groups, dead in zip(self._groups, self._split(chosen), strict=True):
             groups.zero(dead)
 
     def _freeze(self, update_num: int) -> None:
@@ -316,10 +321,10 @@ class _Groups:
         return self._scale * float(self._operator.penalty(*self._joined(self._masters())))
 
     @torch.no_grad()
-    def shrink(self, threshold: float) -> None:
-        """Take the proximal step."""
+    def shrink(self, threshold: float | Tensor) -> None:
+        """Take the proximal step; thresholds are a number or one for each group."""
         weight, bias = self._joined(self._masters())
-        threshold *= self._scale
+        threshold = self._scale * threshold
         if self._adam:
             metric, bias_metric = self._metric()
             result = self._operator.prox_diagonal(weight, metric, threshold, bias, bias_metric)

@@ -33,7 +33,8 @@ def train_in_stages(arguments: Sequence[str], share: float, epochs: int) -> list
 
     Args:
         arguments: fairseq-train's own, with ``--max-update`` or ``--max-epoch``.
-        share: compact once at least this share (0 < share <= 1) of the neurons is dead.
+        share: compact once at least this share (0 < share <= 1) of the neurons, or of the heads,
+            is dead.
         epochs: epochs (>= 1) of a stage, after which the dead are counted.
 
     Returns:
@@ -70,16 +71,16 @@ def train_in_stages(arguments: Sequence[str], share: float, epochs: int) -> list
             or epoch < stage_end
         ):
             return done
-        neurons = count_neurons(checkpoint)["ffn_neurons"]
-        if neurons["pruned"] and neurons["pruned"] >= share * neurons["total"]:
+        count = count_neurons(checkpoint)
+        kinds = {"neurons": count["ffn_neurons"], "heads": count["attention_heads"]}
+        if any(x["pruned"] and x["pruned"] >= share * x["total"] for x in kinds.values()):
             result = compact(checkpoint, keep_optimizer=True)
             write_checkpoint(result.checkpoint, last, force=True)
             done.append(result)
             logger.info(
-                "after update %d: %d of %d neurons are dead; going on without them",
+                "after update %d: dead are %s; going on without them",
                 updates,
-                neurons["pruned"],
-                neurons["total"],
+                ", ".join(f"{x['pruned']} of {x['total']} {kind}" for kind, x in kinds.items()),
             )
             # fairseq takes the architecture from the command line; the last option counts.
             extra = ["--arch", f"{own.arch.removesuffix('_autosize')}_autosize"]

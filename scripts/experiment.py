@@ -223,7 +223,7 @@ def table(results: list[dict]) -> str:
         for layer in count["layers"]:
             sides.setdefault(layer["kind"], []).append(str(layer["alive"]))
         total = count["ffn_neurons"]["total"]
-        share = f"{100 * count['ffn_neurons']['pruned'] / total:.0f} %" if total else "no FFN"
+        share = f"{100 * count['ffn_neurons']['pruned'] / total:.1f} %" if total else "no FFN"
         scores = result["scores"][split]
         ratio = f"{result['train_cpu_seconds'] / dense['train_cpu_seconds']:.2f}" if dense else "-"
         alive = " / ".join(" ".join(widths) for widths in sides.values())

@@ -103,7 +103,7 @@ def test_experiment_resumes_and_refuses_other_settings(tmp_path):
     command = [*experiment, *small, "--runs", "dense", "l21:30", "dense:0", "like:l21:30"]
     first = subprocess.run(command, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr
-    assert re.search(r"\| l21:30 \| \d+ / \d+ \| \d+ % \|", first.stdout)
+    assert re.search(r"\| l21:30 \| \d+ / \d+ \| [\d.]+ % \|", first.stdout)
     assert re.search(r"dense test BLEU [\d.]+ nrefs:1\|", first.stdout)
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.stdout == first.stdout and "l21:30: done before" in again.stderr
