@@ -343,8 +343,8 @@ def _add_train_compacting(commands: argparse._SubParsersAction) -> None:
         type=_share,
         default=0.1,
         metavar="X",
-        help="compact once at least this share (0 < X <= 1) of the model's neurons, or heads, is dead "
-        "(default: 0.1)",
+        help="compact once at least this share (0 < X <= 1) of the model's neurons, or heads, "
+        "is dead (default: 0.1)",
     )
     parser.add_argument(
         "--stage-epochs",
