@@ -174,6 +174,13 @@ class AutosizeMixin(FairseqTask):
         root = self._whole_config
         return (root.optimization.max_update or 0) if root is not None else 0
 
+    def _freeze_update(self) -> int | None:
+        """When the run freezes, if that is planned; a default stays what it was at the start."""
+        if self.settings.freeze_update is not None:
+            return self.settings.freeze_update
+        planned = self.settings.freeze_of(self._max_update)
+        return None if planned is None else self._restored.get("prox_frozen_at", planned)
+
     def _default_strength(self) -> float:
         sizes = {block.groups(bias=self.settings.bias).unit for block in self._blocks}
         strengths = {default_strength(self.settings.prox, size) for size in sizes}
@@ -208,7 +215,7 @@ class AutosizeMixin(FairseqTask):
             strength=self._strength,
             step_size=settings.step_size,
             start_update=settings.start_update,
-            freeze_update=settings.freeze_of(self._max_update),
+            freeze_update=self._freeze_update(),
             patience=settings.patience,
         )
         shape = GroupShape(bias=settings.bias, fc2=settings.couple, adam=settings.adam_metric)
@@ -291,9 +298,9 @@ class AutosizeMixin(FairseqTask):
                 f"{proximal.goal.amount:d} of them dead"
                 if wanted is not None
                 else f"{proximal.goal.amount:,.0f} parameters removable",
-                self.settings.freeze_of(self._max_update),
+                self._freeze_update(),
             )
-        freeze = self.settings.freeze_of(self._max_update) or 0
+        freeze = self._freeze_update() or 0
         if proximal.goal is not None and 0 < self._max_update < freeze:
             logger.warning(
                 "--max-update %d ends this run before --prox-freeze-update %d, when the target is "
@@ -365,8 +372,7 @@ class AutosizeMixin(FairseqTask):
             {
                 **{name: getattr(task, name) for name in _OPTIONS},
                 "prox_strength": self._strength,
-                "prox_freeze_update": self.settings.freeze_of(self._max_update)
-                or task.prox_freeze_update,
+                "prox_freeze_update": self._freeze_update() or task.prox_freeze_update,
                 "seed": None if root is None else root.common.seed,
             }
         )
