@@ -5,8 +5,9 @@
 
 Each JSON file is the results.json of one scripts/experiment.py, or, with a "kind", what
 scripts/bench_inference.py or scripts/compare_engines.py wrote. Its tables replace what stands in a
-page between `<!-- table NAME -->` and `<!-- end -->`; NAME is the file's name without `.json`. For
-an experiment the figure NAME.png shows the neurons alive over the updates. --check writes nothing
+page between `<!-- table NAME -->` and `<!-- end -->`; NAME is the file's name without `.json`.
+`<!-- targets NAME NAME ... -->` puts one table of requested and reached sparsities there. For an
+experiment the figure NAME.png shows the neurons alive over the updates. --check writes nothing
 and fails if a table on a page is not up to date.
 """
 
@@ -18,8 +19,9 @@ import sys
 from pathlib import Path
 
 import bench_inference
+import benchmark_operators
 import compare_engines
-from experiment import by_kind_and_value, table
+from experiment import RUN, by_kind_and_value, table
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -58,14 +60,42 @@ def section(path: Path) -> str:
     )
 
 
+def targets(paths: list[Path]) -> str:
+    """Requested against reached sparsity in percent, from the runs with a target in some files."""
+    reached: dict[tuple[str, str], dict[float, list[float]]] = {}
+    notes = []
+    for path in paths:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        for result in summary["results"]:
+            match = RUN.fullmatch(result["run"])
+            if match["sign"] == "@":
+                neurons = result["neurons"]["ffn_neurons"]
+                share = 100 * neurons["pruned"] / neurons["total"]
+                row = reached.setdefault((summary["data"]["name"], match["operator"]), {})
+                row.setdefault(100 * float(match["number"]), []).append(share)
+        notes.append(f"- `{summary['command']}` ({summary['machine']['processor']})")
+    asked = sorted({share for row in reached.values() for share in row})
+    rows = []
+    for (data, operator), row in reached.items():
+        cells: dict[str, str] = {"data": data, "prox": operator}
+        for share in asked:
+            found = row.get(share, [])
+            low, high = (f"{limit(found):.2f}" if found else "" for limit in (min, max))
+            cells[f"{share:g} %"] = low if low == high else f"{low} to {high}"
+        rows.append(cells)
+    return "\n".join([benchmark_operators.table(rows), "", *notes])
+
+
 def page(text: str) -> str:
     """The page with every table replaced; a marker without a file of results is an error."""
 
     def replace(match: re.Match) -> str:
-        path = DOCS / "results" / f"{match[1]}.json"
-        return f"<!-- table {match[1]} -->\n{section(path)}\n<!-- end -->"
+        kind, names = match[1], match[2].split()
+        paths = [DOCS / "results" / f"{name}.json" for name in names]
+        content = section(*paths) if kind == "table" else targets(paths)
+        return f"<!-- {kind} {match[2]} -->\n{content}\n<!-- end -->"
 
-    return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", replace, text, flags=re.S)
+    return re.sub(r"<!-- (table|targets) (.+?) -->\n.*?<!-- end -->", replace, text, flags=re.S)
 
 
 def draw(path: Path) -> None:
@@ -86,8 +116,7 @@ def draw(path: Path) -> None:
         return
     figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
     for run, points in curves.items():
-        kind = run.partition(":")[0]
-        style = {"l21": "-", "linf1": "--"}[kind]
+        style = {"l21": "-", "linf1": "--"}[RUN.fullmatch(run)["operator"]]
         axes.plot(*zip(*points, strict=True), style, label=run)
     axes.set(xlabel="updates", ylabel="neurons alive", ylim=(0, None), title=path.stem)
     axes.grid(alpha=0.3)
@@ -113,8 +142,13 @@ def main() -> int:
         elif new != old:
             path.write_text(new, encoding="utf-8")
     if not check:
-        for path in sorted((DOCS / "results").glob("*.json")):
-            draw(path)
+        shown = {
+            name
+            for path in DOCS.glob("*.md")
+            for name in re.findall(r"<!-- table (\S+) -->", path.read_text(encoding="utf-8"))
+        }
+        for name in sorted(shown):
+            draw(DOCS / "results" / f"{name}.json")
     return int(stale)
 
 
