@@ -12,7 +12,7 @@ from torch import Tensor
 from .groups import Block, Part
 from .masters import Master, find_masters
 from .prox import Operator
-from .strength import Goal, Plan, survivors_weight, threshold_toward
+from .strength import Goal, Plan, threshold_toward
 
 logger = logging.getLogger(__name__)
 
@@ -137,19 +137,10 @@ class ProximalOptimizer:
         norms, order, number = self._ranking()
         norm = float(norms[order[number - 1]]) if number else 0.0
         self.threshold = threshold_toward(norm, left)
-        # The survivors of now are shrunk less and less (see docs/method.md).
-        start = self.plan.start_update
-        weight = survivors_weight((update_num - start) / (self._frozen_at - start))
-        thresholds = torch.full_like(norms, weight * self.threshold)
-        thresholds[order[:number]] = self.threshold
-        for groups, own in zip(self._groups, self._split(thresholds), strict=True):
-            groups.shrink(own)
+        for groups in self._groups:
+            groups.shrink(self.threshold)
         rate = max(self._rate(groups) or 0.0 for groups in self._groups)
         self.strength = self.threshold / rate if rate else None
-
-    def _split(self, values: Tensor) -> tuple[Tensor, ...]:
-        """Values of all groups, block by block."""
-        return values.split([groups.count for groups in self._groups])
 
     def _rate(self, groups: "_Groups") -> float | None:
         # A composite optimizer has a generator here.
@@ -183,7 +174,8 @@ class ProximalOptimizer:
         _, order, number = self._ranking()
         chosen = torch.zeros(len(order), dtype=torch.bool, device=order.device)
         chosen[order[:number]] = True
-        for groups, dead in zip(self._groups, self._split(chosen), strict=True):
+        counts = [groups.count for groups in self._groups]
+        for groups, dead in zip(self._groups, chosen.split(counts), strict=True):
             groups.zero(dead)
 
     def _freeze(self, update_num: int) -> None:
@@ -321,10 +313,10 @@ class _Groups:
         return self._scale * float(self._operator.penalty(*self._joined(self._masters())))
 
     @torch.no_grad()
-    def shrink(self, threshold: float | Tensor) -> None:
-        """Take the proximal step; thresholds are a number or one for each group."""
+    def shrink(self, threshold: float) -> None:
+        """Take the proximal step."""
         weight, bias = self._joined(self._masters())
-        threshold = self._scale * threshold
+        threshold *= self._scale
         if self._adam:
             metric, bias_metric = self._metric()
             result = self._operator.prox_diagonal(weight, metric, threshold, bias, bias_metric)

@@ -101,16 +101,3 @@ def threshold_toward(dual_norm: float, updates_left: int) -> float:
         updates_left: this one included, >= 1.
     """
     return dual_norm / updates_left
-
-
-def survivors_weight(progress: float) -> float:
-    """The share of the threshold that groups get which are not among those to die.
-
-    1 - progress, so that a penalty on all groups turns, until the freeze, into the trimmed one
-    that is the sum over the smallest groups only (Bertsimas, Copenhaver and Mazumder 2017; Yun et
-    al. 2019). At first all compete under the same pressure; at last survivors are not shrunk.
-
-    Args:
-        progress: from 0 at the first shrinking update to 1 at the freeze.
-    """
-    return 1 - progress

@@ -95,22 +95,20 @@ def test_target_is_met_with_adam_coupled_and_in_its_metric(operator):
             assert counts[29:] == [7] * 11 and max(counts) == 7, (fc2, adam, counts)
 
 
-def test_survivors_are_shrunk_less_and_less():
-    """Without gradients: those that have to die lose t, the others (1 - progress) t."""
+def test_threshold_of_an_update_is_what_the_target_needs():
+    """Without gradients all lose t, which is the norm of the last one to die over what is left."""
     model, optimizer = adam_model()
     proximal = controlled(model, optimizer, share=0.5, freeze=12, start_update=2)
     for update in range(12):
-        before = proximal.dual_norms()
+        before = proximal.dual_norms().sort().values
         optimizer.zero_grad()
         proximal.step(update)
-        lost = (before - proximal.dual_norms())[before.argsort()]
+        lost = before - proximal.dual_norms().sort().values
         if update < 2:
             assert bool((lost == 0).all())
         elif update < 11:
-            weight = 1 - (update - 2) / 10
-            wanted = proximal.threshold * torch.tensor([1.0] * 6 + [weight] * 6)
-            assert torch.allclose(lost, wanted.minimum(before.sort().values), atol=1e-6)
-            assert proximal.threshold == pytest.approx(before.sort().values[5] / (12 - update))
+            assert proximal.threshold == pytest.approx(before[5] / (12 - update))
+            assert torch.allclose(lost, before.clamp_max(proximal.threshold), atol=1e-6)
         else:
             assert bool((lost[6:] == 0).all()), "the last update only cuts"
     assert dead_in(model) == 6

@@ -1,6 +1,7 @@
 """Export to CTranslate2: both engines agree, and what fails leaves nothing behind."""
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,19 @@ def test_both_engines_agree(data, tmp_path, alive, options):
     for small in (compact(checkpoint), compact(checkpoint, uniform=True)):
         again = export_ctranslate2(small.checkpoint, tmp_path / "ct2", force=True)
         assert again.largest < 1e-4
+
+
+def test_settings_of_hydra_and_of_old_checkpoints(data, tmp_path):
+    checkpoint = translation_checkpoint(data)
+    args = checkpoint["cfg"]["model"]
+    old = {"args": Namespace(**(checkpoint["cfg"]["task"] | vars(args))), "cfg": None}
+    assert export_ctranslate2(checkpoint | old, tmp_path / "old").largest < 1e-4
+    sizes = ("layers", "embed_dim", "ffn_embed_dim", "attention_heads")
+    settings = vars(args)
+    for side in ("encoder", "decoder"):
+        settings[side] = {name: settings.pop(f"{side}_{name}") for name in sizes}
+    checkpoint["cfg"]["model"] = settings
+    assert export_ctranslate2(checkpoint, tmp_path / "hydra").largest < 1e-4
 
 
 def test_language_model(data, tmp_path):
