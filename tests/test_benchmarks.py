@@ -79,11 +79,11 @@ def test_results_are_not_overwritten(bench_inference, monkeypatch, tmp_path, cap
 
 
 @pytest.mark.heavy
-@pytest.mark.timeout(1200)  # 13 processes
+@pytest.mark.timeout(1200)  # 9 processes
 def test_program_measures_all_engines(monkeypatch, tmp_path):
     pytest.importorskip("ctranslate2")
     sizes = "--layers 1 --dim 16 --ffn 16 --heads 2 --vocab-size 50".split()
-    work = "--length 4 --tokens 20 --rounds 1 --sentences 1 --kept 50 0 --as-zeros 50".split()
+    work = "--length 4 --tokens 20 --rounds 1 --sentences 1 --kept 50 --as-zeros 50".split()
     output = tmp_path / "results.json"
     command = [sys.executable, SCRIPTS / "bench_inference.py", *sizes, *work, "--output", output]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -97,7 +97,7 @@ def test_program_measures_all_engines(monkeypatch, tmp_path):
         (engine, setting, kept)
         for engine, names in engines.items()
         for setting in names
-        for kept in ("100", "50", "0", *(["50 as zeros"] if engine == "fairseq" else []))
+        for kept in ("100", "50", *(["50 as zeros"] if engine == "fairseq" else []))
     }
     assert set(found) == expected
     for (engine, _, kept), m in found.items():
@@ -105,10 +105,10 @@ def test_program_measures_all_engines(monkeypatch, tmp_path):
         assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"] and m["tokens_per_second"] > 0
         if kept == "100":
             assert (set(ratio.values()), m["limit"]) == ({1.0}, 1.0)
-        assert (m["limit"] > 1) == (kept in ("50", "0")), (engine, kept)
+        assert (m["limit"] > 1) == (kept == "50"), (engine, kept)
     disk = {(s["engine"], s["kept"]): s["disk_bytes"] for s in results["sizes"]}
     for engine in engines:
-        assert disk[engine, "0"] < disk[engine, "50"] < disk[engine, "100"]
+        assert disk[engine, "50"] < disk[engine, "100"]
     # Without torch in its process.
     peaks = {s["engine"]: s["peak_bytes"] for s in results["sizes"]}
     assert 10e6 < peaks["CTranslate2 int8"] < 100e6 < peaks["fairseq"]

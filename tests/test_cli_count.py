@@ -43,7 +43,9 @@ def saved(tmp_path):
 
 def test_counts(saved):
     count = count_neurons(read_checkpoint(saved))
-    assert set(count) == {"layers", "ffn_neurons", "parameters", "signature"}
+    kinds = {"layers", "ffn_neurons", "attention", "attention_heads"}
+    assert set(count) == kinds | {"parameters", "signature"}
+    assert count["attention_heads"] == {"total": 12, "alive": 12, "pruned": 0}
     assert count["layers"] == [
         {"name": name, "kind": kind, "total": total, "alive": total - pruned, "pruned": pruned}
         for name, kind, total, pruned in [

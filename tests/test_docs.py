@@ -100,7 +100,7 @@ def test_experiment_resumes_and_refuses_other_settings(tmp_path):
     small = shlex.split("--dim 16 --ffn 16 --layers 1 --heads 2 --updates 8 --warmup 4")
     small += ["--generate-args", "--beam 1 --max-len-b 10"]
     experiment = [sys.executable, ROOT / "scripts" / "experiment.py", data, tmp_path / "out"]
-    command = [*experiment, *small, "--runs", "dense", "l21:30", "dense:0", "like:l21:30"]
+    command = [*experiment, *small, "--runs", "dense", "l21:30", "like:l21:30"]
     first = subprocess.run(command, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr
     assert re.search(r"\| l21:30 \| \d+ / \d+ \| [\d.]+ % \|", first.stdout)
