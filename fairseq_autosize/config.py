@@ -55,8 +55,8 @@ class AutosizeConfig(FairseqDataclass):
     prox_groups: str = field(
         default="ffn",
         metadata={
-            "help": "comma-separated list of the blocks whose neurons (ffn) or heads (attention) are "
-            "groups: " + ", ".join(GROUP_NAMES)
+            "help": "comma-separated list of the blocks whose neurons (ffn) or heads (attention) "
+            "are groups: " + ", ".join(GROUP_NAMES)
         },
     )
     prox_bias: bool = field(
