@@ -127,6 +127,8 @@ class _Cut:
     padding: int
 
     def apply(self, tensor: Tensor, dim: int) -> Tensor:
+        if not self.padding and len(self.kept) == tensor.shape[dim]:
+            return tensor  # nothing goes: no copy
         chosen = tensor.index_select(dim, self.kept)
         if not self.padding:
             return chosen

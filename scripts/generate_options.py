@@ -59,7 +59,8 @@ TAIL = """
   fairseq puts the class where a function belongs and cannot run it. With all but relu the slope
   at 0 is not 0: a zero row then gets a gradient, and Adam can move it by more in an update than
   the prox takes back, so some dead neurons come back and the count goes up and down. The log
-  warns of it at the start.
+  warns of it at the start. From a freeze on (`--prox-freeze-update`, or a target) the dead are
+  held.
 - **`--fp16`, `common.bf16=true`** (with fp32 master weights): the step acts on the masters. On a
   CPU, `--fp16` needs `--fp16-no-flatten-grads`. `--bf16` on fairseq-train's command line means a
   TPU to fairseq and is refused; fairseq-hydra-train with `common.bf16=true` works.

@@ -132,8 +132,9 @@ class AutosizeMixin(FairseqTask):
 
     def train_step(self, *args: Any, ema_model: nn.Module | None = None, **kwargs: Any) -> Any:
         """As fairseq's. After a freeze the dead are zero in the moving average, too."""
-        if ema_model is not None and self._proximal is not None:
-            self._zero_held(ema_model)
+        held = {} if ema_model is None or self._proximal is None else self._proximal.held()
+        if held:
+            self._zero(ema_model, held)
         return super().train_step(*args, **kwargs)
 
     def valid_step(
@@ -143,9 +144,9 @@ class AutosizeMixin(FairseqTask):
         return super().valid_step(sample, model, criterion)
 
     @torch.no_grad()
-    def _zero_held(self, model: nn.Module) -> None:
+    def _zero(self, model: nn.Module, held: Mapping[str, torch.Tensor]) -> None:
         own = {block.name: block for block in blocks_in_model(model, self.settings.groups)}
-        for name, dead in self._proximal.held().items():
+        for name, dead in held.items():
             groups = own[name].groups(self.settings.bias, self.settings.couple)
             for part in (*groups.members, *groups.followers):
                 part.grouped(part.parameter, groups.count).index_fill_(0, dead, 0)
