@@ -157,13 +157,23 @@ def model_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         checkpoint: what `read_checkpoint` returned; with ``cfg`` (fairseq >= 0.10.2) or with the
             older flat ``args``.
 
+    Returns:
+        The settings. What fairseq-hydra-train nests as ``encoder: {layers: 6}`` is there under the
+        flat name, ``encoder_layers``, too.
+
     Raises:
         CheckpointError: there are none, or they are not a mapping.
     """
     config = config_section(checkpoint, "model")
     if not config:
         raise CheckpointError("the checkpoint has no settings of its model (cfg.model or args)")
-    return config
+    nested = {
+        f"{side}_{name}": value
+        for side in ("encoder", "decoder")
+        if isinstance(config.get(side), Mapping)
+        for name, value in config[side].items()
+    }
+    return {**config, **nested}
 
 
 def config_section(checkpoint: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -205,12 +215,7 @@ def head_widths(checkpoint: Mapping[str, Any]) -> dict[str, int]:
         return {}
     result = {}
     for side in ("encoder", "decoder"):
-        own = config.get(side)  # fairseq-hydra-train's way
-        nested = own if isinstance(own, Mapping) else {}
-        size, heads = (
-            nested.get(name, config.get(f"{side}_{name}"))
-            for name in ("embed_dim", "attention_heads")
-        )
+        size, heads = (config.get(f"{side}_{name}") for name in ("embed_dim", "attention_heads"))
         if isinstance(size, int) and isinstance(heads, int) and heads > 0 and size % heads == 0:
             result[side] = size // heads
     return result

@@ -30,6 +30,7 @@ from .checkpoint import (
 )
 from .compat import require_fairseq
 from .groups import (
+    ATTENTION_PARTS,
     Attention,
     FeedForward,
     attention_in_state,
@@ -148,7 +149,7 @@ def compact(
     full_heads: bool = False,
     provenance: Mapping[str, Any] | None = None,
 ) -> Compaction:
-    """Remove the dead feed-forward neurons of a checkpoint.
+    """Remove the dead feed-forward neurons and attention heads of a checkpoint.
 
     Args:
         checkpoint: what `checkpoint.read_checkpoint` returns; it stays as it is.
@@ -182,10 +183,10 @@ def compact(
     _check(state, layers)
     sides = head_widths(checkpoint)
     heads = attention_in_state(state, sides)
-    blocks = [
-        *_plan_layers(state, layers, _activation_name(checkpoint), uniform, multiple_of, min_width),
-        *_plan_heads(state, heads, sides, uniform or full_heads),
-    ]
+    activation = _activation_name(checkpoint)
+    planned_layers = _plan_layers(state, layers, activation, uniform, multiple_of, min_width)
+    planned_heads = _plan_heads(state, heads, sides, uniform or full_heads)
+    blocks = [*planned_layers, *planned_heads]
     parameters = {name: cut for block in blocks for name, cut in block.cuts.items()}
     biases = {name: bias for block in blocks for name, bias in block.biases.items()}
     result = {
@@ -194,10 +195,8 @@ def compact(
         "last_optimizer_state": _cut_optimizer(checkpoint, parameters) if keep_optimizer else None,
     }
     ema_rows = _cut_ema(result, parameters)
-    changes, attention = (
-        tuple(block.change for block in blocks if block.change.kind.endswith("ffn") == ffn)
-        for ffn in (True, False)
-    )
+    changes = tuple(layer.change for layer in planned_layers)
+    attention = tuple(block.change for block in planned_heads)
     widths = _widths_by_side(result["model"])
     counts = _head_counts(result["model"], sides)
     arch = arch.removesuffix("_autosize") + ("" if uniform else "_autosize")
@@ -495,11 +494,7 @@ def _widths_by_side(state: Mapping[str, Tensor]) -> dict[str, list[int]]:
 def _head_counts(state: Mapping[str, Tensor], widths: Mapping[str, int]) -> dict[str, list[int]]:
     """``encoder``, ``decoder``, ``cross`` -> heads of each layer; empty if none has lost one."""
     result = {}
-    for part, side, module in (
-        ("encoder", "encoder", "self_attn"),
-        ("decoder", "decoder", "self_attn"),
-        ("cross", "decoder", "encoder_attn"),
-    ):
+    for part, (side, module) in ATTENTION_PARTS.items():
         counts: list[int] = []
         full = 0
         while side in widths:
@@ -541,7 +536,7 @@ def _rewrite_settings(
     if old.get("task") in _STOCK_TASKS:
         model["task"] = _STOCK_TASKS[old["task"]]
     gone = [f"{side}_ffn_dims" for side in widths] if uniform else []
-    gone += [f"{part}_head_counts" for part in ("encoder", "decoder", "cross")]
+    gone += [f"{part}_head_counts" for part in ATTENTION_PARTS]
     checkpoint = with_settings(checkpoint, "model", model, drop=gone)
     task = config_section(checkpoint, "task").get("_name")
     if task in _STOCK_TASKS:

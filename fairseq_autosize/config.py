@@ -14,7 +14,7 @@ PROX_CHOICES = ("none", *OPERATORS)
 METRICS = ("identity", "adam")
 
 # Part of the training after which a target is reached, where the user does not say when; the rest
-# is the refit. docs/results.md has the runs that chose it.
+# is the refit. docs/results.md has runs with other shares, of one seed.
 DEFAULT_FREEZE = 0.6
 
 
@@ -179,14 +179,7 @@ class Settings:
             if share is not None:
                 _check_target(flag, share, cfg)
         freeze, patience = _freeze(cfg)
-        target = cfg.prox_target_sparsity is not None or cfg.prox_target_parameters is not None
-        adam = cfg.prox_metric == "adam"
-        if prox != "none" and adam and strength is None and not target:
-            raise ConfigError(
-                "--prox-metric adam has no default strength: give --prox-strength, or a target "
-                "such as --prox-target-sparsity 0.5"
-            )
-        return cls(
+        settings = cls(
             prox=prox,
             strength=strength,
             step_size=_step_size(str(cfg.prox_step_size)),
@@ -198,8 +191,15 @@ class Settings:
             freeze_update=freeze,
             patience=patience,
             couple=bool(cfg.prox_couple),
-            adam_metric=adam,
+            adam_metric=cfg.prox_metric == "adam",
         )
+        needs_strength = settings.adam_metric and prox != "none"
+        if needs_strength and strength is None and not settings.has_target:
+            raise ConfigError(
+                "--prox-metric adam has no default strength: give --prox-strength, or a target "
+                "such as --prox-target-sparsity 0.5"
+            )
+        return settings
 
     def freeze_of(self, max_update: int) -> int | None:
         """The freeze's update, if it is planned: the one given, or with a target the default's.

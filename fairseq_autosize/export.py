@@ -130,13 +130,7 @@ def _flat_settings(checkpoint: Mapping[str, Any], data: str | os.PathLike[str] |
     the model that ``_name`` names.
     """
     model, task = model_config(checkpoint), config_section(checkpoint, "task")
-    nested = {  # fairseq-hydra-train's way of writing encoder_layers and the like
-        f"{side}_{name}": value
-        for side in ("encoder", "decoder")
-        if isinstance(model.get(side), Mapping)
-        for name, value in model[side].items()
-    }
-    values = {n: value for n, value in {**model, **nested, **task}.items() if n != "_name"}
+    values = {name: value for name, value in {**model, **task}.items() if name != "_name"}
     # In an old checkpoint all settings are one section, whose _name is the model's.
     old = checkpoint.get("cfg") is None
     values["task"] = task.get("task") if old else task.get("_name") or task.get("task")

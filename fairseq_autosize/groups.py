@@ -26,6 +26,13 @@ GROUP_NAMES: Mapping[str, tuple[str, ...]] = {
     "all": (*_FFN, *_ATTENTION),
 }
 
+# How options call the attention blocks of a model -> side and module of the layer.
+ATTENTION_PARTS: Mapping[str, tuple[str, str]] = {
+    "encoder": ("encoder", "self_attn"),
+    "decoder": ("decoder", "self_attn"),
+    "cross": ("decoder", "encoder_attn"),
+}
+
 _LAYER = re.compile(r"(?:^|\.)(?P<side>encoder|decoder)(?:\.\w+)*?\.layers\.\d+$")
 
 
@@ -237,7 +244,8 @@ def blocks_in_model(model: nn.Module, groups: Sequence[str] = ("ffn",)) -> list[
         match = _LAYER.search(name)
         if not match:
             continue
-        if f"{match['side']}-ffn" in kinds and (layer := _feed_forward(name, match, module)):
+        kind = f"{match['side']}-ffn"
+        if kind in kinds and (layer := _feed_forward(name, kind, module)):
             found.append(layer)
         for part, kind in (
             ("self_attn", f"{match['side']}-attention"),
@@ -257,7 +265,7 @@ def blocks_in_model(model: nn.Module, groups: Sequence[str] = ("ffn",)) -> list[
     return found
 
 
-def _feed_forward(name: str, match: re.Match, module: nn.Module) -> FeedForward | None:
+def _feed_forward(name: str, kind: str, module: nn.Module) -> FeedForward | None:
     fc1, fc2 = getattr(module, "fc1", None), getattr(module, "fc2", None)
     if not (isinstance(fc1, nn.Linear) and isinstance(fc2, nn.Linear)):
         return None
@@ -278,7 +286,6 @@ def _feed_forward(name: str, match: re.Match, module: nn.Module) -> FeedForward 
             f"{name}: --scale-fc puts a layer norm between fc1 and fc2, which mixes the "
             "neurons: a zeroed row of fc1 would not silence its own. Train without --scale-fc."
         )
-    kind = f"{match['side']}-ffn"
     return FeedForward(name, kind, fc1.weight, fc1.bias, fc2.weight, activation)
 
 

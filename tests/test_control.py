@@ -17,6 +17,7 @@ from fairseq_autosize.strength import Goal, Plan, threshold_toward
 
 GROUPS = 12  # of the small model
 ADAM = {"_name": "adam", "adam_betas": "(0.9, 0.98)", "adam_eps": 1e-8, "weight_decay": 0.0}
+ADAM |= {"fp16_adam_stats": False, "use_old_adam": False, "tpu": False}
 
 
 def backward(model: nn.Module, optimizer: object, update: int) -> None:
@@ -30,7 +31,7 @@ def backward(model: nn.Module, optimizer: object, update: int) -> None:
 def adam_model(**options: object):
     torch.manual_seed(1)
     model = Model()
-    cfg = whole_config(**ADAM, fp16_adam_stats=False, use_old_adam=False, tpu=False, **options)
+    cfg = whole_config(**ADAM, **options)
     cfg.optimizer.lr = [0.02]
     return model, build_fairseq_optimizer(cfg.optimizer, list(model.parameters()))
 
@@ -257,7 +258,7 @@ def test_coupled_groups_are_rows_with_columns(operator):
 def test_metric_is_what_adam_divides_by(mode, operator, monkeypatch):
     """The step equals Adam's and then the prox with D taken from Adam's own formula."""
     torch.manual_seed(1)
-    cfg = whole_config(**ADAM, fp16_adam_stats=False, use_old_adam=False, tpu=False)
+    cfg = whole_config(**ADAM)
     cfg.common.bf16, cfg.common.fp16_no_flatten_grads = mode == "bf16", mode != "fp16-flat"
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     runs = []
@@ -328,7 +329,7 @@ class Quadratic(nn.Module):
 def test_fixed_point_of_the_metric_step_is_the_minimum(adam, converges):
     """Where the plain step after Adam stalls at another point, the one in the metric arrives."""
     model = Quadratic()
-    cfg = whole_config(**ADAM, fp16_adam_stats=False, use_old_adam=False, tpu=False)
+    cfg = whole_config(**ADAM)
     optimizer = build_fairseq_optimizer(cfg.optimizer, list(model.parameters()))
     layer = FeedForward("x", "encoder-ffn", model.fc1.weight, None, torch.zeros(4, 1))
     plan = Plan(strength=0.9)

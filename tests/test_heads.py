@@ -36,7 +36,7 @@ WIDTHS = {"encoder": 4, "decoder": 4}  # d = 8, two heads
 
 
 def optimizer_of(model):
-    cfg = whole_config(**ADAM, fp16_adam_stats=False, use_old_adam=False, tpu=False)
+    cfg = whole_config(**ADAM)
     cfg.optimizer.lr = [0.02]
     return build_optimizer(cfg.optimizer, list(model.parameters()))
 

@@ -23,6 +23,8 @@ from fairseq.modules import MultiheadAttention
 from fairseq.tasks import FairseqTask
 from torch import Tensor, nn
 
+from ..groups import ATTENTION_PARTS
+
 _SIDES = ("encoder", "decoder")
 
 _HELP = (
@@ -30,16 +32,9 @@ _HELP = (
     "default: --{side}-ffn-embed-dim in every layer"
 )
 _HELP_HEADS = (
-    "heads of the {part} in each {side} layer, first layer first, such as 4,3,0; default: "
+    "heads of {module} in each {side} layer, first layer first, such as 4,3,0; default: "
     "--{side}-attention-heads in every layer, whose width heads always have"
 )
-
-# Name of the option -> side and module of the layer, and how help calls it.
-_ATTENTION = {
-    "encoder": ("encoder", "self_attn", "self-attention"),
-    "decoder": ("decoder", "self_attn", "self-attention"),
-    "cross": ("decoder", "encoder_attn", "attention to the encoder"),
-}
 
 
 @register_model("transformer_autosize")
@@ -58,11 +53,11 @@ class TransformerAutosizeModel(TransformerModel):
             parser.add_argument(
                 f"--{side}-ffn-dims", metavar="N,N,...", help=_HELP.format(side=side)
             )
-        for name, (side, _, part) in _ATTENTION.items():
+        for name, (side, module) in ATTENTION_PARTS.items():
             parser.add_argument(
                 f"--{name}-head-counts",
                 metavar="N,N,...",
-                help=_HELP_HEADS.format(side=side, part=part),
+                help=_HELP_HEADS.format(side=side, module=module),
             )
 
     @classmethod
@@ -85,7 +80,7 @@ class TransformerLanguageModelAutosizeConfig(TransformerLanguageModelConfig):
     )
     decoder_head_counts: Optional[str] = field(  # noqa: UP045
         default=None,
-        metadata={"help": _HELP_HEADS.format(side="decoder", part="self-attention")},
+        metadata={"help": _HELP_HEADS.format(side="decoder", module="self_attn")},
     )
 
 
@@ -112,7 +107,7 @@ def _resize(args: Any, side: str, stack: nn.Module, kept: str | None) -> None:
     widths = layer_sizes(args, f"{side}_ffn_dims", len(layers), kept)
     if widths is not None:
         set_widths(layers, widths)
-    for name, (own, module, _) in _ATTENTION.items():
+    for name, (own, module) in ATTENTION_PARTS.items():
         if own == side and hasattr(layers[0], module):
             counts = layer_sizes(args, f"{name}_head_counts", len(layers), kept)
             if counts is not None:
