@@ -1,13 +1,12 @@
 """Fixtures shared by the tests: a tiny corpus, and fairseq's real command-line programs."""
 
-import os
 import random
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from programs import run_program
 
 ROOT = Path(__file__).parent.parent
 USER_DIR = ROOT / "fairseq_autosize"
@@ -26,32 +25,6 @@ TINY_TRAINING = (
 ).split()
 
 Runner = Callable[..., subprocess.CompletedProcess]
-
-
-def run_program(
-    module: str,
-    *arguments: object,
-    cwd: Path | None = None,
-    stdin: str | None = None,
-    path: Path | None = None,
-) -> subprocess.CompletedProcess:
-    """Run ``python -m module arguments`` with one thread; output and errors come as one text.
-
-    Args:
-        path: a folder to put first on the module search path.
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    if path is not None:
-        environment["PYTHONPATH"] = str(path)
-    return subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)],
-        cwd=cwd,
-        env=environment,
-        input=stdin,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_MODEL, TINY_TRAINING, USER_DIR, plain_fairseq, run_program
+from conftest import TINY_MODEL, TINY_TRAINING, USER_DIR, plain_fairseq
+from programs import run_program
 from small_models import build_model, checkpoint_of
 from test_training import logged
 

@@ -1,22 +1,17 @@
-"""Compacted checkpoints of real trainings in fairseq's programs, and what `compact` itself takes.
+"""Compacted checkpoints of real trainings in fairseq's programs, and what `compact` takes."""
 
-Several runs share a process where nothing depends on it, which saves most of their time.
-"""
-
-import json
 import math
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_MODEL, TINY_TRAINING, USER_DIR, run_program
+from conftest import TINY_MODEL, TINY_TRAINING, USER_DIR
 from small_models import build_model, checkpoint_of
 from test_training import LM
 
@@ -29,32 +24,6 @@ pytestmark = pytest.mark.heavy
 
 AUTOSIZE = ["--user-dir", str(USER_DIR)]
 COMMAND = Path(sys.executable).with_name("fairseq-autosize")
-END = "=== end of a run"
-
-# Runs fairseq's program argv[1] once for each list of arguments in argv[2], after the code argv[3].
-SEVERAL = f"""
-import importlib, json, sys
-_, name, runs, first = sys.argv
-module = importlib.import_module(name)
-exec(first)
-for arguments in json.loads(runs):
-    sys.argv = [name, *arguments]
-    module.cli_main()
-    print({END!r}, flush=True)
-"""
-
-
-def run_several(
-    folder: Path, name: str, runs: Iterable[Sequence[object]], first: str = ""
-) -> list[str]:
-    """The outputs of several runs of a program of fairseq in one process."""
-    (folder / "several.py").write_text(SEVERAL)
-    lines = json.dumps([[str(argument) for argument in arguments] for arguments in runs])
-    # -m finds it in the folder; the package is found where the tests find it.
-    path = os.pathsep.join([str(folder), str(USER_DIR.parent)])
-    result = run_program("several", name, lines, first, path=Path(path))
-    assert result.returncode == 0, result.stdout[-6000:]
-    return result.stdout.split(END)[:-1]
 
 
 def prune_smallest(source: Path, target: Path, widths: Sequence[int]) -> None:
@@ -110,8 +79,7 @@ def test_all_widths_translate_the_same(options, corpus, run, tmp_path):
     names = ("pruned.pt", "small.pt", "uniform.pt")
     generate = [corpus, *AUTOSIZE, "--cpu", "--max-tokens", "400", "--max-len-b", "10"]
     generate += ["--required-batch-size-multiple", "1", "--nbest", "5", "--path"]
-    runs = [[*generate, tmp_path / name] for name in names]
-    outputs = run_several(tmp_path, "fairseq_cli.generate", runs)
+    outputs = [run("fairseq_cli.generate", *generate, tmp_path / name).stdout for name in names]
     texts, scores = hypotheses(outputs[0])
     assert len(texts) == 5 * 43 and len(set(texts)) > 43
     for output in outputs[1:]:
@@ -139,14 +107,17 @@ def test_language_models_have_the_same_perplexity(lm_corpus, run, tmp_path):
     for name, options in (("small.pt", []), ("uniform.pt", ["--uniform"])):
         assert main(["compact", str(tmp_path / "pruned.pt"), str(tmp_path / name), *options]) == 0
     evaluate = [lm_corpus, *AUTOSIZE, "--cpu", "--max-tokens", "400", "--sample-break-mode", "eos"]
-    runs = [[*evaluate, "--path", tmp_path / f"{n}.pt"] for n in ("pruned", "small", "uniform")]
-    # The log has two decimals.
-    exactly = (
-        "plain = module.main\n"
-        "module.main = lambda cfg: print('PERPLEXITY', float(plain(cfg)['perplexity']))"
+    (tmp_path / "exactly.py").write_text(  # the log has two decimals
+        "from fairseq_cli import eval_lm\n"
+        "main = eval_lm.main\n"
+        "eval_lm.main = lambda cfg: print('PERPLEXITY', float(main(cfg)['perplexity']))\n"
+        "eval_lm.cli_main()\n"
     )
-    outputs = run_several(tmp_path, "fairseq_cli.eval_lm", runs, exactly)
-    found = [float(re.search(r"^PERPLEXITY (\S+)$", output, re.M)[1]) for output in outputs]
+    found = []
+    for name in ("pruned", "small", "uniform"):
+        path = ["--path", tmp_path / f"{name}.pt"]
+        output = run("exactly", *evaluate, *path, path=tmp_path).stdout
+        found.append(float(re.search(r"^PERPLEXITY (\S+)$", output, re.M)[1]))
     assert found[1:] == pytest.approx([found[0]] * 2, rel=1e-5)
 
 
@@ -162,7 +133,7 @@ def mean_losses(checkpoint: dict) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["each", "flat"])
-def test_half_precision_training_goes_on_as_without_compaction(flat, corpus, capsys, tmp_path):
+def test_half_precision_training_goes_on_as_without_compaction(flat, corpus, run, capsys, tmp_path):
     train = [corpus, *AUTOSIZE, *TINY_MODEL, *TINY_TRAINING, "--dropout", "0", "--fp16"]
     train += ["--prox", "l21", "--prox-strength", "5", "--fp16-init-scale", "1"]
     if not flat:
@@ -171,14 +142,15 @@ def test_half_precision_training_goes_on_as_without_compaction(flat, corpus, cap
     first = "import torch\ntorch.cuda.current_device = lambda: None" if flat else ""
     wide, small, narrow = tmp_path / "wide", tmp_path / "small.pt", tmp_path / "narrow"
     start = [*train, "--max-update", "35", "--save-dir", wide]
-    run_several(tmp_path, "fairseq_cli.train", [start], first)
+    run("fairseq_cli.train", *start, first=first)
     last = wide / "checkpoint_last.pt"
     assert len(read_checkpoint(last)["last_optimizer_state"]["state"]) == (1 if flat else 85)
     assert main(["compact", str(last), str(small), "--keep-optimizer"]) == 0
     told = capsys.readouterr().out
     flags = re.search(r"^train on: .*?(--arch .*) \.\.\.$", told, re.M)[1].split()
     more = [*train, "--max-update", "50", "--save-dir"]
-    run_several(tmp_path, "fairseq_cli.train", [[*more, wide], [*more, narrow, *flags]], first)
+    run("fairseq_cli.train", *more, wide, first=first)
+    run("fairseq_cli.train", *more, narrow, *flags, first=first)
 
     ends = [read_checkpoint(folder / "checkpoint_last.pt") for folder in (wide, narrow)]
     assert [end["optimizer_history"][-1]["num_updates"] for end in ends] == [50, 50]

@@ -5,7 +5,8 @@ import subprocess
 
 import pytest
 import torch
-from conftest import TINY_MODEL, TINY_TRAINING, run_program
+from conftest import TINY_MODEL, TINY_TRAINING
+from programs import run_program
 from test_cli_compact import COMMAND
 from test_training import AUTOSIZE, assert_same_checkpoints, count_dead, layers_of, logged
 

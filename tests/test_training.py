@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_MODEL, TINY_TRAINING, USER_DIR, Runner, plain_fairseq, run_program
+from conftest import TINY_MODEL, TINY_TRAINING, USER_DIR, Runner, plain_fairseq
+from programs import run_program
 
 from fairseq_autosize.checkpoint import read_checkpoint
 from fairseq_autosize.groups import FeedForward, dead_neurons, feed_forward_in_state
