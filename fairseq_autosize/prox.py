@@ -671,7 +671,7 @@ def _join_metric(
             continue
         if not values.is_floating_point():
             raise ValueError(f"{name} has dtype {values.dtype}; it must be floating")
-        if values.device.type == "cpu" and (values <= 0).any():
+        if values.device.type == "cpu" and values.numel() and values.amin() <= 0:
             raise ValueError(f"{name} contains {values.min().item()}; every entry must be > 0")
     dtype = _COMPUTE_DTYPE[weight.dtype]
     metric = metric.to(weight.device, dtype)
@@ -733,10 +733,9 @@ def prox_l21_diagonal(
     # Below s: as if d were the largest everywhere. Above: t = 0.
     size = _sizes_in_metric(w, e, (dual - t) / d.amax(1), torch.linalg.vector_norm(w, dim=1))
     size = torch.where(dual <= t, 0.0, size)
-    size = size.unsqueeze(1)
-    scale = size / (size + e)
-    for value, limit in ((0.0, 0.0), (math.inf, 1.0)):
-        scale[size.squeeze(1) == value] = limit
+    scale = size.unsqueeze(1) / e.add_(size.unsqueeze(1))
+    for value, limit in ((0.0, 0.0), (math.inf, 1.0)):  # 0/0 and inf/inf
+        scale.index_fill_(0, (size == value).nonzero().squeeze(1), limit)
     return _split(scale.mul_(w), weight, bias)
 
 

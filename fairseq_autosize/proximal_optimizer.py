@@ -305,7 +305,7 @@ class _Groups:
         weight, bias = self._joined(self._masters())
         if self._adam:
             metric, bias_metric = self._metric()
-            weight, bias = metric * weight, None if bias is None else bias_metric * bias
+            weight, bias = metric.mul_(weight), None if bias is None else bias_metric.mul_(bias)
         return self._operator.dual_norm(weight, bias=bias) / self._scale
 
     def penalty(self) -> float:
@@ -327,7 +327,7 @@ class _Groups:
             self._write(weight)
             # Where v is zero, q and k are no longer used; they do not count as alive.
             if self._followers:
-                self.zero(~(weight != 0).any(dim=1))
+                self.zero(~weight.any(dim=1))
         elif self._adam:
             for tensor, value in zip(self._masters(), (weight, bias), strict=False):
                 tensor.copy_(value)
