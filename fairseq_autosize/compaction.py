@@ -50,6 +50,7 @@ _STOCK = {with_widths: stock for stock, with_widths in _WITH_WIDTHS.items()}
 _STOCK_TASKS = {
     "translation_autosize": "translation",
     "language_modeling_autosize": "language_modeling",
+    "translation_multi_simple_epoch_autosize": "translation_multi_simple_epoch",
 }
 
 # Adafactor's means over one dimension of a matrix, and which dimension is gone.

@@ -11,6 +11,7 @@ from test_cli_compact import COMMAND
 from test_training import AUTOSIZE, assert_same_checkpoints, count_dead, layers_of, logged
 
 from fairseq_autosize.checkpoint import read_checkpoint, write_checkpoint
+from fairseq_autosize.cli import main
 from fairseq_autosize.compaction import compact
 from fairseq_autosize.export import export_ctranslate2
 from fairseq_autosize.groups import dead_neurons, feed_forward_in_state
@@ -118,3 +119,36 @@ def test_pruned_heads_are_compacted_and_translate_the_same(corpus, run, tmp_path
     pytest.importorskip("ctranslate2")
     agreement = export_ctranslate2(small.checkpoint, tmp_path / "ct2", data=corpus)
     assert agreement.largest < 1e-4
+
+
+def test_multilingual_task_trains_resumes_compacts_and_translates(corpus, run, tmp_path):
+    languages = ["--task", "translation_multi_simple_epoch", "--lang-pairs", "xx-yy,yy-xx"]
+    languages += ["--langs", "xx,yy", "--encoder-langtok", "tgt"]
+    train = [*TRAIN, corpus, *languages, "--prox", "l21", "--prox-target-sparsity", "0.5"]
+    train += ["--max-update", "40"]
+    run(*train, "--save-dir", tmp_path / "whole")
+    run(*train, "--save-dir", tmp_path / "halves", "--prox-freeze-update", "24", "--max-update", 17)
+    run(*train, "--save-dir", tmp_path / "halves")
+    last = [tmp_path / folder / "checkpoint_last.pt" for folder in ("whole", "halves")]
+    assert_same_checkpoints(*last)
+    assert count_dead(last[0]) == (48, 96)
+
+    small = tmp_path / "small.pt"
+    assert main(["compact", str(last[0]), str(small)]) == 0
+    assert sum(len(layer.fc1_weight) for layer in layers_of(small)) == 48
+    generate = ["fairseq_cli.generate", corpus, *AUTOSIZE, *languages, "-s", "yy", "-t", "xx"]
+    generate += ["--cpu", "--max-tokens", "400", "--max-len-b", "10"]
+    generate += ["--required-batch-size-multiple", "1", "--path"]
+    found = [
+        sorted(re.findall(r"^H-(\d+)\t\S+\t(.*)$", run(*generate, path).stdout, re.M))
+        for path in (last[0], small)
+    ]
+    assert found[0] == found[1] and len(found[0]) == 43
+
+
+def test_multilingual_task_refuses_what_translation_does(corpus, tmp_path):
+    options = ["--task", "translation_multi_simple_epoch", "--lang-pairs", "xx-yy,yy-xx"]
+    options += ["--prox", "l21", "--langs", "xx,yy", "--max-update", "1", "--save-dir", tmp_path]
+    result = run_program(*TRAIN, corpus, *options, "--memory-efficient-fp16")
+    assert result.returncode != 0
+    assert "--memory-efficient-fp16" in result.stdout.strip().splitlines()[-1]

@@ -4,4 +4,8 @@ from ..compat import require_fairseq
 
 require_fairseq()
 
-from . import language_modeling_autosize, translation_autosize  # noqa: E402, F401
+from . import (  # noqa: E402
+    language_modeling_autosize,  # noqa: F401
+    translation_autosize,  # noqa: F401
+    translation_multi_simple_epoch_autosize,  # noqa: F401
+)

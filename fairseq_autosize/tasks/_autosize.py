@@ -2,13 +2,15 @@
 
 import itertools
 import logging
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.logging import metrics
 from fairseq.optim import FairseqOptimizer
 from fairseq.optim.lr_scheduler import build_lr_scheduler
@@ -61,9 +63,11 @@ class AutosizeMixin(FairseqTask):
     def _task_config(self) -> Any:
         return self.args if self.cfg is None else self.cfg  # legacy tasks keep it in args
 
-    @property
+    @cached_property
     def _whole_config(self) -> Any:
         """fairseq's whole configuration, of which the task's is one node; None outside of it."""
+        if isinstance(self._task_config, Namespace):  # a legacy task's has all options of all
+            return convert_namespace_to_omegaconf(self._task_config)
         parent = getattr(self._task_config, "_get_parent", None)
         return parent() if parent is not None else None
 
@@ -429,7 +433,7 @@ def _unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def register_autosize_task(stock_name: str, dataclass: type) -> Any:
+def register_autosize_task(stock_name: str, dataclass: type | None = None) -> Any:
     """Register a task as ``<stock_name>_autosize`` and in place of `stock_name` itself.
 
     The second makes ``--prox`` work without ``--task``, and keeps the stock name in the
@@ -439,6 +443,8 @@ def register_autosize_task(stock_name: str, dataclass: type) -> Any:
     def register(cls: type[AutosizeMixin]) -> type[AutosizeMixin]:
         cls = register_task(f"{stock_name}_autosize", dataclass=dataclass)(cls)
         TASK_REGISTRY[stock_name] = cls
+        if dataclass is None:  # its options are in `add_args`
+            return cls
         TASK_DATACLASS_REGISTRY[stock_name] = dataclass
         node = dataclass()
         node._name = stock_name
