@@ -6,9 +6,10 @@
 Each JSON file is the results.json of one scripts/experiment.py, or, with a "kind", what
 scripts/bench_inference.py or scripts/compare_engines.py wrote. Its tables replace what stands in a
 page between `<!-- table NAME -->` and `<!-- end -->`; NAME is the file's name without `.json`.
-`<!-- targets NAME NAME ... -->` puts one table of requested and reached sparsities there. For an
-experiment the figure NAME.png shows the neurons alive over the updates. --check writes nothing
-and fails if a table on a page is not up to date.
+`<!-- targets NAME NAME ... -->` puts one table of requested and reached sparsities there, and
+`<!-- seeds NAME NAME ... -->` the means of the same runs with several seeds. For an experiment the
+figure NAME.png shows the neurons alive over the updates. --check writes nothing and fails if a
+table on a page is not up to date.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import logging
 import re
 import sys
 from pathlib import Path
+from statistics import mean
 
 import bench_inference
 import benchmark_operators
@@ -86,16 +88,56 @@ def targets(paths: list[Path]) -> str:
     return "\n".join([benchmark_operators.table(rows), "", *notes])
 
 
+def seeds(paths: list[Path]) -> str:
+    """Each run's scores on the test set with all seeds, one file a seed; sorted by mean BLEU."""
+    summaries = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    found: dict[str, list[dict]] = {}
+    for summary in summaries:
+        for result in summary["results"]:
+            found.setdefault(result["run"], []).append(result)
+
+    def cell(values: list[float], digits: int) -> str:
+        single = f" ({' '.join(f'{value:.{digits}f}' for value in values)})"
+        return f"{mean(values):.{digits}f}" + (single if len(values) > 1 else "")
+
+    def bleu(results: list[dict]) -> list[float]:
+        return [result["scores"]["test"]["BLEU"]["score"] for result in results]
+
+    rows = []
+    for run, results in sorted(found.items(), key=lambda item: -mean(bleu(item[1]))):
+        losses = [
+            [point["valid_loss"] for point in result["history"] if "valid_loss" in point][-1]
+            for result in results
+        ]
+        neurons = [result["neurons"]["ffn_neurons"] for result in results]
+        pruned = [100 * n["pruned"] / n["total"] if n["total"] else 0.0 for n in neurons]
+        rows.append(
+            {
+                "run": run,
+                "pruned": f"{mean(pruned):.1f} %",
+                "BLEU": cell(bleu(results), 1),
+                "validation loss": cell(losses, 3),
+                "seeds": ", ".join(str(result["seed"]) for result in results),
+            }
+        )
+    notes = [f"- `{s['command']}` ({s['machine']['processor']})" for s in summaries]
+    return "\n".join([benchmark_operators.table(rows), "", *notes])
+
+
 def page(text: str) -> str:
     """The page with every table replaced; a marker without a file of results is an error."""
+
+    several = {"targets": targets, "seeds": seeds}
 
     def replace(match: re.Match) -> str:
         kind, names = match[1], match[2].split()
         paths = [DOCS / "results" / f"{name}.json" for name in names]
-        content = section(*paths) if kind == "table" else targets(paths)
+        content = section(*paths) if kind == "table" else several[kind](paths)
         return f"<!-- {kind} {match[2]} -->\n{content}\n<!-- end -->"
 
-    return re.sub(r"<!-- (table|targets) (.+?) -->\n.*?<!-- end -->", replace, text, flags=re.S)
+    return re.sub(
+        r"<!-- (table|targets|seeds) (.+?) -->\n.*?<!-- end -->", replace, text, flags=re.S
+    )
 
 
 def draw(path: Path) -> None:
