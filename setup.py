@@ -21,6 +21,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["fairseq_autosize", "fairseq_autosize.*"]),
+    package_data={"fairseq_autosize": ["*.jinja"]},
     install_requires=["torch>=2.6", "sacrebleu>=2.0"],
     extras_require={
         "test": [

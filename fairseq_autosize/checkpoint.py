@@ -16,7 +16,7 @@ import re
 import secrets
 import stat
 import zipfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 import torch
@@ -97,6 +97,17 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path, force: bool = Fa
     Raises:
         CheckpointError: `path` exists and `force` is not set, is a directory, or writing failed.
     """
+    with writing(path, force) as file:
+        torch.save(dict(checkpoint), file)
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str], force: bool = False) -> Iterator[BinaryIO]:
+    """A file that replaces `path` once the block has ended without an exception.
+
+    Raises:
+        CheckpointError: `path` exists and `force` is not set, is a directory, or writing failed.
+    """
     target = os.fspath(path)
     if os.path.isdir(target):
         raise CheckpointError(f"{target}: cannot write: is a directory")
@@ -110,7 +121,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path, force: bool = Fa
     partial = os.path.join(directory, f".{name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(partial, "xb") as file:
-            torch.save(dict(checkpoint), file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, target)

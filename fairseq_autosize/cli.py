@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -14,10 +15,14 @@ from .checkpoint import CheckpointError, file_sha256, printable, read_checkpoint
 from .compaction import Compaction, compact
 from .export import QUANTIZATIONS, ExportError, export_ctranslate2
 from .groups import GroupError
+from .html_report import ReportError, read_run, write_report
 from .report import count_neurons, format_count, layers_with_nan
 from .staged_training import StageError, train_in_stages
 
 _PROG = "fairseq-autosize"
+
+# What ends a command with one line: a mistake of the user's, or in a file.
+_ERRORS = (CheckpointError, GroupError, ExportError, StageError, ReportError, ImportError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _logging():
             arguments.run(arguments)
         sys.stdout.flush()
-    except (CheckpointError, GroupError, ExportError, StageError, ImportError) as error:
+    except _ERRORS as error:
         sys.stderr.write(f"{_PROG}: error: {printable(str(error))}\n")
         return 2
     except BrokenPipeError:
@@ -47,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _logging() -> Iterator[None]:
-    """Show this package's messages and fairseq's warnings on standard error, as fairseq does.
+    """Show this package's messages and the libraries' warnings on standard error, as fairseq does.
 
     Not through the root logger: some of fairseq's modules configure it when they are imported, in
     formats of their own. Who calls `main` from a program finds the loggers as they were.
@@ -56,7 +61,9 @@ def _logging() -> Iterator[None]:
     form = "%(asctime)s | %(levelname)s | %(name)s | %(message)s"
     handler.setFormatter(logging.Formatter(form, datefmt="%Y-%m-%d %H:%M:%S"))
     before = []
-    for name, level in (("fairseq_autosize", logging.INFO), ("fairseq", logging.WARNING)):
+    levels = {"fairseq_autosize": logging.INFO, "fairseq": logging.WARNING}
+    levels["matplotlib"] = logging.WARNING  # fairseq makes the root logger show all it has to say
+    for name, level in levels.items():
         logger = logging.getLogger(name)
         before.append((logger, logger.level, logger.propagate))
         logger.setLevel(level)
@@ -93,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_average(commands)
     _add_export(commands)
     _add_train_compacting(commands)
+    _add_report(commands)
     return parser
 
 
@@ -372,6 +380,50 @@ def _train_compacting(arguments: argparse.Namespace) -> None:
             f"{side} {' '.join(map(str, sizes))}" for side, sizes in result.widths.items()
         )
         sys.stdout.write(f"  {widths}\n")
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="one HTML page on trainings: neurons over the updates, sizes, losses, scores",
+        description="Make one self-contained HTML page from the logs and last checkpoints of "
+        "trainings, also while they run. RUN is a folder with checkpoint_last.pt and *.log, as "
+        "'fairseq-train --save-dir RUN ... | tee RUN/train.log' leaves it. BLEU is taken from what "
+        "fairseq-generate printed, if that is in RUN/*.txt or *.out.",
+        epilog=f"example: {_PROG} report dense=runs/dense half=runs/half --output report.html",
+    )
+    parser.add_argument(
+        "runs", nargs="+", metavar="[NAME=]RUN", help="folder of a training, or a log alone"
+    )
+    parser.add_argument("--output", required=True, metavar="FILE", help="HTML file to write")
+    parser.add_argument("--plots", metavar="DIR", help="write the figures there, too, as PNG files")
+    parser.add_argument("--title", default="Auto-sized training", help="(default: %(default)s)")
+    parser.add_argument("--force", action="store_true", help="overwrite files that exist")
+    parser.set_defaults(run=_report)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    runs = {}
+    for text in arguments.runs:
+        name, found, path = text.partition("=")
+        run = read_run(path, name) if found and not os.path.exists(text) else read_run(text)
+        if run.name in runs:
+            raise ReportError(
+                f"{text}: two runs are named {run.name}; name them apart: NAME={text}"
+            )
+        runs[run.name] = run
+        for problem in run.problems:
+            sys.stderr.write(f"{_PROG}: warning: {printable(problem)}\n")
+    command = shlex.join([_PROG, "report", *arguments.runs, "--output", arguments.output])
+    written = write_report(
+        list(runs.values()),
+        arguments.output,
+        title=arguments.title,
+        plots=arguments.plots,
+        force=arguments.force,
+        made_by=command,
+    )
+    sys.stdout.write("".join(f"wrote {path}\n" for path in written))
 
 
 def _share(text: str) -> float:

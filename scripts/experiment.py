@@ -37,6 +37,7 @@ import fairseq_autosize
 from fairseq_autosize.checkpoint import read_checkpoint
 from fairseq_autosize.prox import OPERATORS
 from fairseq_autosize.report import count_neurons
+from fairseq_autosize.training_log import TrainingLog
 
 USER_DIR = Path(fairseq_autosize.__file__).parent
 _OPTION = r"\+(?P<option>[a-z-]+)(=(?P<value>[^+]+))?"
@@ -116,17 +117,16 @@ def hypotheses(log: Path) -> list[str]:
 
 def history(log: Path) -> list[dict[str, float]]:
     """Neurons alive and validation loss over the updates, from the training log."""
+    told = TrainingLog()
+    told.read(log)
     points = []
-    for line in log.read_text(encoding="utf-8").splitlines():
-        if match := re.search(r"\| (train_inner|valid) \| (\{.*\})", line):
-            values = json.loads(match[2])
-            prefix = "" if match[1] == "train_inner" else "valid_"
-            wanted = {"update": values.get(f"{prefix}num_updates", values.get("num_updates"))}
-            for key in (f"{prefix}neurons_alive", f"{prefix}loss"):
-                if key in values:
-                    wanted[key.removeprefix("valid_") if "neurons" in key else key] = values[key]
-            points.append({key: float(value) for key, value in wanted.items()})
-    return points
+    for part, prefix in ((told.train, ""), (told.valid, "valid_")):
+        names = {"loss": f"{prefix}loss", "neurons_alive": "neurons_alive"}
+        points += [
+            {"update": update} | {new: values[old] for old, new in names.items() if old in values}
+            for update, values in part.items()
+        ]
+    return sorted(points, key=lambda point: point["update"])
 
 
 def perform(run: str, data: Path, record: dict, args: argparse.Namespace) -> dict:

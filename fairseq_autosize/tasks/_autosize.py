@@ -2,6 +2,9 @@
 
 import itertools
 import logging
+import os
+import shlex
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -52,6 +55,7 @@ class AutosizeMixin(FairseqTask):
     _restored: Mapping[str, Any] = MappingProxyType({})
     _meters: tuple[str, ...] = ()
     _counts: tuple[int, dict[str, float]] | None = None  # (update, what was counted then)
+    _alive: Mapping[str, list[int]] = MappingProxyType({})  # by kind, as last logged
     _update_num: int = 0
     _nothing_left: bool = False  # as compaction leaves a model in which all are dead
 
@@ -314,6 +318,7 @@ class AutosizeMixin(FairseqTask):
                 freeze,
             )
         logger.info("signature: %s", self._signature())
+        logger.info("command: %s", shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]))
 
     def _description(self) -> str:
         """What the groups consist of."""
@@ -394,8 +399,10 @@ class AutosizeMixin(FairseqTask):
         if self._counts is not None and self._counts[0] == self._update_num:
             return self._counts[1]
         counts = dict.fromkeys(self._meters, 0.0)
+        alive: dict[str, list[int]] = {}
         for block in self._blocks:
             pruned = int(block.dead().sum())
+            alive.setdefault(block.kind, []).append(block.count - pruned)
             for key in _meter_keys(block):
                 counts[f"{key}_pruned"] += pruned
                 counts[f"{key}_alive"] += block.count - pruned
@@ -404,6 +411,12 @@ class AutosizeMixin(FairseqTask):
         if "prox_strength" in counts:
             counts["prox_strength"] = self._proximal.strength or 0.0
         self._counts = (self._update_num, counts)
+        if alive != self._alive:
+            self._alive = alive
+            listed = [f"{kind} {' '.join(map(str, numbers))}" for kind, numbers in alive.items()]
+            logger.info(
+                "alive after update %d, layer by layer: %s", self._update_num, "; ".join(listed)
+            )
         return counts
 
 

@@ -1,0 +1,466 @@
+"""A page on one or several trainings: what died when, what it cost, and what is left."""
+
+import base64
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .checkpoint import CheckpointError, printable, read_checkpoint, writing
+from .groups import GroupError
+from .report import count_neurons
+from .training_log import TrainingLog
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# The last line of fairseq-generate.
+_GENERATED = re.compile(
+    r"^Generate (\S+) with beam=\d+: (BLEU\d?|chrF2?)\S*(?:\|(\S+))? = ([\d.]+)", re.M
+)
+
+
+@dataclass
+class Run:
+    """One training.
+
+    Attributes:
+        name: for tables and legends.
+        log: what its logs tell.
+        count: `report.count_neurons` of its checkpoint, or None where there is none to read.
+        scores: BLEU by name of the test set.
+        signatures: of the scores, for people.
+        problems: what could not be read, in a line each.
+    """
+
+    name: str
+    log: TrainingLog
+    count: dict[str, Any] | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    signatures: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+class ReportError(Exception):
+    """A run, or an output, that cannot be used; the message says which and why."""
+
+
+def read_run(path: str | os.PathLike[str], name: str | None = None) -> Run:
+    """Read a training's folder: logs (``*.log``), ``checkpoint_last.pt``, and scores.
+
+    Scores are those of scripts/experiment.py (``result.json``), or the last lines of
+    fairseq-generate in ``*.txt`` and ``*.out``; in a log those of ``--eval-bleu``.
+
+    Args:
+        path: the folder, or a log alone.
+        name: by default the folder's.
+
+    Raises:
+        ReportError: there is no log of a training.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    logs = sorted(path.glob("*.log"), key=lambda p: p.stat().st_mtime) if path.is_dir() else [path]
+    log = TrainingLog()
+    for file in logs:
+        try:
+            log.read(file)
+        except OSError as error:
+            raise ReportError(f"{file}: cannot read: {error.strerror}") from error
+    if not log.train and not log.valid:
+        looked = "no *.log in it" if not logs else f"none in {', '.join(str(f) for f in logs)}"
+        raise ReportError(
+            f"{path}: no progress lines of fairseq-train ({looked}); give a folder with its log "
+            "(fairseq-train ... | tee FOLDER/train.log), or the log itself"
+        )
+    run = Run(printable(name or path.resolve().name), log)
+    if path.is_dir():
+        _read_checkpoint(run, folder / "checkpoint_last.pt")
+        _read_scores(run, folder)
+    return run
+
+
+def _read_checkpoint(run: Run, path: Path) -> None:
+    if not path.exists():
+        run.problems.append(f"{run.name}: no {path.name} yet, so sizes are those in the log")
+        return
+    try:
+        run.count = count_neurons(read_checkpoint(path))
+    except (CheckpointError, GroupError) as error:
+        run.problems.append(f"{run.name}: {error}")
+
+
+def _read_scores(run: Run, folder: Path) -> None:
+    result = folder / "result.json"
+    if result.exists():
+        try:
+            for split, scores in json.loads(result.read_text(encoding="utf-8"))["scores"].items():
+                run.scores[split] = float(scores["BLEU"]["score"])
+                run.signatures += [f"{split}: {n} {s['signature']}" for n, s in scores.items()]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            run.problems.append(f"{run.name}: {result}: no scores as expected: {error!r}")
+        return
+    for file in sorted([*folder.glob("*.txt"), *folder.glob("*.out")]):
+        with file.open("rb") as lines:
+            lines.seek(max(0, file.stat().st_size - 2000))
+            end = lines.read().decode(errors="replace")
+        for split, metric, signature, score in _GENERATED.findall(end):
+            if metric.startswith("BLEU"):
+                run.scores[split] = float(score)
+                run.signatures.append(f"{split}: {metric} {signature}".strip())
+
+
+# --- the figures ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plot:
+    """A figure, its name for files, and what it shows."""
+
+    name: str
+    caption: str
+    figure: "Figure"
+
+    @property
+    def svg(self) -> str:
+        """Base64 of the SVG."""
+        data = io.BytesIO()
+        self.figure.savefig(data, format="svg", metadata={"Date": None})
+        return base64.b64encode(data.getvalue()).decode("ascii")
+
+
+def draw(runs: Sequence[Run]) -> list[_Plot]:
+    """The figures for which the runs have data, with matplotlib.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "the report's figures need matplotlib: pip install 'fairseq-autosize[plot]'"
+        ) from error
+    plots = []
+
+    def add(name: str, caption: str, fill: Callable[["Axes"], None], **labels: str) -> None:
+        figure = Figure(figsize=(6.0, 3.7), layout="constrained")
+        axes = figure.add_subplot()
+        fill(axes)
+        axes.set(**labels)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_axisbelow(True)
+        if axes.get_legend_handles_labels()[0]:
+            figure.legend(frameon=False, fontsize="small", loc="outside upper left", ncols=3)
+        plots.append(_Plot(name, caption, figure))
+
+    colours = {run.name: f"C{index % 10}" for index, run in enumerate(runs)}
+    alive = {run.name: _share_alive(run) for run in runs}
+    if any(alive.values()):
+
+        def neurons(axes: "Axes") -> None:
+            for name, points in alive.items():
+                if points:
+                    axes.plot(*zip(*points, strict=True), color=colours[name], label=name)
+            axes.set_ylim(0, 103)
+
+        add(
+            "neurons",
+            "Neurons alive over the updates, in percent of those at the start.",
+            neurons,
+            xlabel="updates",
+            ylabel="neurons alive, %",
+        )
+    for run in runs:
+        if run.log.layers:
+            add(
+                f"layers-{_file_name(run.name)}",
+                f"{run.name}: what is alive in each layer over the updates, in percent; the "
+                "darkest is the lowest layer.",
+                lambda axes, run=run: _layers(axes, run),
+                xlabel="updates",
+                ylabel="alive, %",
+            )
+    widths = {run.name: final for run in runs if (final := _final(run))}
+    if widths:
+        add(
+            "widths",
+            "Neurons alive at the end, layer by layer (e: encoder, d: decoder).",
+            lambda axes: _bars(axes, widths, colours),
+            ylabel="neurons alive",
+        )
+    if any(run.log.valid for run in runs):
+        valid = [run.log.series("valid", "loss") for run in runs]
+
+        def losses(axes: "Axes") -> None:
+            for run in runs:
+                for part, style in (
+                    ("train", {"alpha": 0.35, "lw": 1}),
+                    ("valid", {"marker": "."}),
+                ):
+                    points = run.log.series(part, "loss")
+                    label = run.name if part == "valid" else None
+                    if points:
+                        x, y = zip(*points, strict=True)
+                        axes.plot(x, y, color=colours[run.name], label=label, **style)
+            # The first epochs would take most of the height.
+            axes.set_ylim(top=1.6 * min(min(y for _, y in points) for points in valid if points))
+
+        add(
+            "loss",
+            "Loss over the updates: of the validation (dots), and of the training (faint).",
+            losses,
+            xlabel="updates",
+            ylabel="loss",
+        )
+    quality, label, better = _quality(runs)
+    if quality:
+
+        def trade_off(axes: "Axes") -> None:
+            for run, (parameters, value) in quality.items():
+                axes.plot(parameters / 1e6, value, "o", color=colours[run], label=run)
+            if better == "lower":
+                axes.invert_yaxis()
+            axes.set_xlim(0, None)
+
+        add(
+            "size",
+            f"{label} against the parameters that are left after compaction; up is better.",
+            trade_off,
+            xlabel="parameters after compaction, millions",
+            ylabel=label,
+        )
+    speeds = {run.name: speed for run in runs if (speed := _speed(run)) is not None}
+    if len(speeds) > 1:
+
+        def speed_bars(axes: "Axes") -> None:
+            axes.barh(list(speeds), list(speeds.values()), color=[colours[n] for n in speeds])
+            axes.invert_yaxis()
+
+        add(
+            "speed",
+            "Updates per second, as fairseq logged them (median). Runs made at different times or "
+            "side by side are no benchmark.",
+            speed_bars,
+            xlabel="updates / s",
+        )
+    return plots
+
+
+def _share_alive(run: Run) -> list[tuple[int, float]]:
+    alive = run.log.series("train", "neurons_alive")
+    pruned = dict(run.log.series("train", "neurons_pruned"))
+    return [(u, 100 * n / (n + pruned[u])) for u, n in alive if u in pruned and n + pruned[u]]
+
+
+def _layers(axes: "Axes", run: Run) -> None:
+    from matplotlib import colormaps
+
+    updates = sorted(run.log.layers)
+    kinds = list(run.log.layers[updates[-1]])
+    maps = dict(
+        zip(kinds, ("Blues_r", "Oranges_r", "Greens_r", "Purples_r", "Greys_r"), strict=False)
+    )
+    for kind in kinds:
+        counts = [run.log.layers[update].get(kind) for update in updates]
+        depth = len(counts[-1])
+        colours = [colormaps[maps[kind]](0.7 * layer / depth) for layer in range(depth)]
+        for layer, colour in enumerate(colours):
+            points = [
+                (update, 100 * now[layer] / full)
+                for update, now in zip(updates, counts, strict=True)
+                if now and len(now) == depth and (full := _full(run, kind, layer, counts))
+            ]
+            label = f"{kind} {layer + 1}" if depth <= 3 or layer in (0, depth - 1) else None
+            if points:
+                points.append((max(run.log.train, default=points[-1][0]), points[-1][1]))
+                axes.step(*zip(*points, strict=True), where="post", color=colour, label=label)
+    axes.set_ylim(0, 103)
+
+
+def _full(run: Run, kind: str, layer: int, counts: Sequence[list[int] | None]) -> int:
+    """How many a layer has: in the checkpoint, or, without one, at most so far."""
+    if run.count is not None:
+        totals = [b["total"] for b in _blocks(run.count) if b["kind"] == kind]
+        if layer < len(totals):
+            return totals[layer]
+    return max(now[layer] for now in counts if now and layer < len(now))
+
+
+def _blocks(count: dict[str, Any]) -> list[dict[str, Any]]:
+    """The feed-forward layers, and the attention if any of it has lost heads."""
+    heads = count["attention"] if count["attention_heads"]["pruned"] else []
+    return [*count["layers"], *heads]
+
+
+def _final(run: Run) -> dict[str, int]:
+    """Neurons alive by short name of the layer, such as e1 or d3."""
+    if run.count is None:
+        return {}
+    numbers: dict[str, int] = {}
+    result = {}
+    for layer in run.count["layers"]:
+        side = layer["kind"][0]
+        numbers[side] = numbers.get(side, 0) + 1
+        result[f"{side}{numbers[side]}"] = layer["alive"]
+    return result
+
+
+def _bars(axes: "Axes", widths: dict[str, dict[str, int]], colours: dict[str, str]) -> None:
+    names = sorted(
+        {layer for final in widths.values() for layer in final},
+        key=lambda layer: (layer[0] != "e", int(layer[1:])),
+    )
+    wide = 0.8 / len(widths)
+    for index, (run, final) in enumerate(widths.items()):
+        at = [i + (index - (len(widths) - 1) / 2) * wide for i in range(len(names))]
+        axes.bar(at, [final.get(n, math.nan) for n in names], wide, color=colours[run], label=run)
+    axes.set_xticks(range(len(names)), names)
+
+
+def _quality(runs: Iterable[Run]) -> tuple[dict[str, tuple[int, float]], str, str]:
+    """(parameters, value) by run, what the value is, and which direction is better.
+
+    BLEU on the first test set that most runs have; without any, the last validation loss.
+    """
+    runs = [run for run in runs if run.count is not None]
+    splits = [split for run in runs for split in run.scores]
+    if splits:
+        split = max(dict.fromkeys(splits), key=splits.count)
+        values = {run.name: run.scores[split] for run in runs if split in run.scores}
+        label, better = f"BLEU ({split})", "higher"
+    else:
+        losses = {run.name: run.log.series("valid", "loss") for run in runs}
+        values = {name: points[-1][1] for name, points in losses.items() if points}
+        label, better = "last validation loss", "lower"
+    sizes = {run.name: run.count["parameters"]["compact"] for run in runs}
+    return {name: (sizes[name], value) for name, value in values.items()}, label, better
+
+
+def _speed(run: Run) -> float | None:
+    rates = [value for _, value in run.log.series("train", "ups") if value > 0]
+    return median(rates) if rates else None
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.-]", "-", text)
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+def _table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
+    """What the runs have come to; columns that no run has are left out."""
+    splits = list(dict.fromkeys(split for run in runs for split in run.scores))
+    columns = ["run", "updates", "neurons alive", "heads alive", "parameters left"]
+    columns += [f"BLEU ({split})" for split in splits]
+    columns += ["best validation loss", "last", "updates / s"]
+    rows = []
+    for run in runs:
+        losses = [value for _, value in run.log.series("valid", "loss")]
+        cells = {
+            "run": run.name,
+            "updates": f"{max([*run.log.train, *run.log.valid]):,}",
+            **{f"BLEU ({split})": f"{score:.1f}" for split, score in run.scores.items()},
+        }
+        if run.count is not None:
+            neurons, heads = run.count["ffn_neurons"], run.count["attention_heads"]
+            cells["neurons alive"] = f"{neurons['alive']:,} of {neurons['total']:,}"
+            if heads["pruned"]:
+                cells["heads alive"] = f"{heads['alive']:,} of {heads['total']:,}"
+            cells["parameters left"] = f"{run.count['parameters']['compact']:,}"
+        elif points := run.log.series("train", "neurons_alive"):
+            cells["neurons alive"] = f"{points[-1][1]:,.0f}"
+        if losses:
+            cells |= {"best validation loss": f"{min(losses):.3f}", "last": f"{losses[-1]:.3f}"}
+        if (speed := _speed(run)) is not None:
+            cells["updates / s"] = f"{speed:.3g}"
+        rows.append(cells)
+    columns = [column for column in columns if any(column in row for row in rows)]
+    return columns, [[row.get(column, "–") for column in columns] for row in rows]
+
+
+def _details(run: Run) -> dict[str, Any]:
+    widths = []
+    if run.count is not None:
+        blocks = _blocks(run.count)
+        for kind in dict.fromkeys(block["kind"] for block in blocks):
+            own = [block for block in blocks if block["kind"] == kind]
+            totals = " ".join(str(n) for n in dict.fromkeys(block["total"] for block in own))
+            widths.append((kind, [block["alive"] for block in own], totals))
+    noted = run.log.notes.get("signature")
+    return {
+        "name": run.name,
+        "widths": widths,
+        "deepest": max((len(counts) for _, counts, _ in widths), default=0),
+        "signature": run.count["signature"] if run.count is not None else noted,
+        "command": run.log.notes.get("command"),
+        "signatures": run.signatures,
+    }
+
+
+def write_report(
+    runs: Sequence[Run],
+    output: str | os.PathLike[str],
+    title: str = "Auto-sized training",
+    plots: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    made_by: str = "fairseq-autosize report",
+) -> list[Path]:
+    """Write one self-contained HTML page, and the figures as PNG files if asked for.
+
+    Args:
+        runs: as `read_run` gives them, with distinct names.
+        output: the page.
+        title: its heading.
+        plots: a folder for the PNG files, made if it is not there.
+        force: overwrite.
+        made_by: the command, for the last line.
+
+    Returns:
+        The files written.
+
+    Raises:
+        CheckpointError: a file exists and `force` is not set, or cannot be written.
+        ImportError: matplotlib or jinja2 is not installed.
+    """
+    import jinja2  # comes with torch
+
+    drawn = draw(runs)
+    columns, rows = _table(runs)
+    source = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
+    template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(source)
+    page = template.render(
+        title=title,
+        version=__version__,
+        date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        notes=[note for run in runs for note in run.problems],
+        columns=columns,
+        rows=rows,
+        figures=drawn,
+        runs=[_details(run) for run in runs],
+        made_by=made_by,
+    )
+    written = [Path(output)]
+    with writing(output, force) as file:
+        file.write(page.encode("utf-8"))
+    if plots is not None:
+        try:
+            Path(plots).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ReportError(f"{plots}: cannot make the folder: {error.strerror}") from error
+        for plot in drawn:
+            written.append(Path(plots) / f"{plot.name}.png")
+            with writing(written[-1], force) as file:
+                plot.figure.savefig(file, format="png", dpi=150)
+    return written

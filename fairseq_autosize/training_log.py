@@ -1,0 +1,95 @@
+"""What fairseq-train's log tells: losses, speed, and the neurons alive over the updates."""
+
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# "... | train_inner | {json}" with --log-format json, else "... | train_inner | epoch 001: 20 / 72
+# loss=10.4, num_updates=20" within an epoch and "... | train | epoch 001 | loss 9.1 | ..." then.
+_STATS = re.compile(r"\| (train_inner|train|valid\w*) \| (.*)$")
+_PAIR = re.compile(r"(\w+)[= ]([-+0-9.einfa]+)")
+_LAYERS = re.compile(r"alive after update (\d+), layer by layer: (.*)$")
+_NOTED = re.compile(r"\| fairseq_autosize\S* \| (command|signature): (.*)$")
+
+
+@dataclass
+class TrainingLog:
+    """A training, as its log tells it; what was logged twice, after a resumption, counts as last.
+
+    Attributes:
+        train: the values of the progress lines by update, under the names of fairseq's meters.
+        valid: the same for validations (of the first validation set).
+        layers: neurons (or heads) alive by update, as kind -> number in each layer.
+        notes: ``command`` and ``signature``, where the task has logged them.
+    """
+
+    train: dict[int, dict[str, float]] = field(default_factory=dict)
+    valid: dict[int, dict[str, float]] = field(default_factory=dict)
+    layers: dict[int, dict[str, list[int]]] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def read(self, path: str | os.PathLike[str]) -> None:
+        """Add the contents of one log. Lines of other programs and half a last line are skipped.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        with Path(path).open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                line = line.rstrip("\n")
+                if found := _STATS.search(line):
+                    self._add(found[1], found[2])
+                elif line.startswith(
+                    '{"epoch"'
+                ):  # --log-file has no tags, and each line many times
+                    prefix = re.search(r'"(train|valid)_', line)
+                    self._add(prefix[1] if prefix else "train_inner", line)
+                elif found := _LAYERS.search(line):
+                    kinds = (part.split() for part in found[2].split(";"))
+                    alive = {kind: [int(n) for n in counts] for kind, *counts in kinds}
+                    self.layers[int(found[1])] = alive
+                elif found := _NOTED.search(line):
+                    self.notes[found[1]] = found[2]
+
+    def _add(self, tag: str, text: str) -> None:
+        values = _values(tag, text)
+        update = values.get("num_updates")
+        if update is None or tag == "train":  # the mean of an epoch, at an update that has its own
+            return
+        if tag == "train_inner":
+            self.train[int(update)] = values
+        elif tag == "valid":
+            self.valid[int(update)] = values
+
+    def series(self, part: str, name: str) -> list[tuple[int, float]]:
+        """(update, value) of a meter in the order of the updates.
+
+        Args:
+            part: ``train`` or ``valid``.
+            name: such as ``loss`` or ``neurons_alive``.
+        """
+        points = {"train": self.train, "valid": self.valid}[part]
+        return [
+            (update, points[update][name]) for update in sorted(points) if name in points[update]
+        ]
+
+
+def _values(tag: str, text: str) -> dict[str, float]:
+    if text.startswith("{"):
+        try:
+            pairs = json.loads(text)
+        except ValueError:  # the end of a log that is being written
+            return {}
+        # Outside of an epoch the names have the tag in front.
+        pairs = {name.removeprefix(f"{tag}_"): value for name, value in pairs.items()}
+    else:
+        pairs = dict(_PAIR.findall(text))
+    values = {}
+    for name, value in pairs.items():
+        try:
+            values[name] = float(value)
+        except (TypeError, ValueError):  # null, or a word
+            continue
+    return values

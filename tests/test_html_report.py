@@ -1,0 +1,186 @@
+# ruff: noqa: E501 - lines of logs are long
+"""Reports: what is read from the logs of fairseq's versions of a progress bar, and the page."""
+
+import json
+import re
+
+import pytest
+from conftest import TINY_MODEL, TINY_TRAINING, USER_DIR
+from small_models import build_model, checkpoint_of
+
+from fairseq_autosize.checkpoint import write_checkpoint
+from fairseq_autosize.cli import main
+from fairseq_autosize.groups import feed_forward_in_state
+from fairseq_autosize.training_log import TrainingLog
+
+pytest.importorskip("matplotlib")
+
+JSON = """\
+2026-01-01 10:00:00 | INFO | fairseq_autosize.tasks._autosize | signature: prox:l21|seed:1
+2026-01-01 10:00:00 | INFO | fairseq_autosize.tasks._autosize | command: fairseq-train DATA --prox l21
+2026-01-01 10:00:01 | INFO | train_inner | {"epoch": 1, "loss": "9.5", "neurons_alive": "44", "neurons_pruned": "0", "ups": "2", "num_updates": "10"}
+2026-01-01 10:00:02 | INFO | fairseq_autosize.tasks._autosize | alive after update 20, layer by layer: encoder-ffn 12 3; decoder-ffn 10 0
+2026-01-01 10:00:02 | INFO | train_inner | {"epoch": 1, "loss": "8.5", "neurons_alive": "25", "neurons_pruned": "19", "ups": "4", "num_updates": "20"}
+2026-01-01 10:00:03 | INFO | valid | {"epoch": 1, "valid_loss": "8.25", "valid_ppl": null, "valid_num_updates": "20"}
+2026-01-01 10:00:03 | INFO | train | {"epoch": 1, "train_loss": "9.0", "train_num_updates": "20"}
+"""
+SIMPLE = """\
+2026-01-01 10:00:01 | INFO | train_inner | epoch 001:     10 / 12 loss=9.5, neurons_alive=44, neurons_pruned=0, ups=2, num_updates=10, lr=0.0025
+2026-01-01 10:00:02 | INFO | train_inner | epoch 002:      8 / 12 loss=8.5, neurons_alive=25, neurons_pruned=19, ups=4, num_updates=20, lr=1.2e-05
+2026-01-01 10:00:03 | INFO | valid | epoch 002 | valid on 'valid' subset | loss 8.25 | ppl inf | num_updates 20
+2026-01-01 10:00:03 | INFO | train | epoch 002 | loss 9 | num_updates 20
+"""
+LOG_FILE = "\n".join(line.split(" | ")[-1] for line in JSON.splitlines()) + "\n"
+
+
+def read(tmp_path, *texts):
+    log = TrainingLog()
+    for number, text in enumerate(texts):
+        path = tmp_path / f"{number}.log"
+        path.write_text(text)
+        log.read(path)
+    return log
+
+
+@pytest.mark.parametrize(
+    "text", [JSON, SIMPLE, LOG_FILE, JSON + JSON, JSON + '... {"epoch": 2, "lo']
+)
+def test_progress_of_every_format(text, tmp_path):
+    log = read(tmp_path, text)
+    assert log.series("train", "loss") == [(10, 9.5), (20, 8.5)]
+    assert log.series("train", "neurons_pruned") == [(10, 0), (20, 19)]
+    assert log.series("valid", "loss") == [(20, 8.25)]
+    assert log.series("valid", "neurons_alive") == []
+
+
+def test_layers_and_notes(tmp_path):
+    log = read(tmp_path, JSON)
+    assert log.layers == {20: {"encoder-ffn": [12, 3], "decoder-ffn": [10, 0]}}
+    assert log.notes == {"signature": "prox:l21|seed:1", "command": "fairseq-train DATA --prox l21"}
+
+
+def test_a_resumed_training_counts_as_last(tmp_path):
+    again = JSON.replace('"8.5"', '"8.4"').replace('"num_updates": "10"', '"num_updates": "15"')
+    log = read(tmp_path, JSON, again)
+    assert log.series("train", "loss") == [(10, 9.5), (15, 9.5), (20, 8.4)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A training's folder with a model of 44 neurons, of which 19 are dead, and a score."""
+    path = tmp_path / "half"
+    path.mkdir()
+    model, args = build_model()
+    for layer, alive in zip(feed_forward_in_state(model.state_dict()), (12, 3, 10, 0), strict=True):
+        layer.fc1_weight[alive:] = 0
+        layer.fc1_bias[alive:] = 0
+    write_checkpoint(checkpoint_of(model, args), path / "checkpoint_last.pt")
+    (path / "train.log").write_text(JSON)
+    (path / "test.out").write_text(
+        "H-0\t-1\tx\nGenerate test with beam=5: BLEU4 = 31.25, 60.0/40.0/30.0/20.0 (BP=1.000)\n"
+    )
+    return path
+
+
+def test_the_page_has_it_all_and_needs_nothing_else(folder, tmp_path, capsys):
+    page, plots = tmp_path / "report.html", tmp_path / "plots"
+    options = ["--output", str(page), "--plots", str(plots), "--title", "Ours & <theirs>"]
+    assert main(["report", str(folder), f"again={folder}", *options]) == 0
+    assert capsys.readouterr().out.startswith(f"wrote {page}\n")
+    text = page.read_text()
+    rows = re.findall(r"<tr>(.*?)</tr>", text, re.S)
+    cells = [re.sub(r"<[^>]+>", " ", row).split() for row in rows]
+    assert cells[1][:5] == ["half", "20", "25", "of", "44"]
+    assert "31.2" in cells[1] and "8.250" in cells[1]
+    assert ["encoder-ffn", "12", "3", "12"] in cells and ["decoder-ffn", "10", "0", "10"] in cells
+    assert "fairseq-train DATA --prox l21" in text and "Ours &amp; &lt;theirs&gt;" in text
+    # All that a browser would fetch is in the page.
+    assert not re.search(r"""(src|href)=["'](?!data:)|url\(|@import|<script""", text)
+    figures = text.count("data:image/svg+xml")
+    assert figures == len(list(plots.glob("*.png"))) == 7
+    assert all(plot.read_bytes().startswith(b"\x89PNG") for plot in plots.glob("*.png"))
+
+
+def test_nothing_is_overwritten_without_force(folder, tmp_path, capsys):
+    page = tmp_path / "report.html"
+    page.write_text("mine")
+    assert main(["report", str(folder), "--output", str(page)]) == 2
+    assert page.read_text() == "mine" and "--force" in capsys.readouterr().err
+    assert main(["report", str(folder), "--output", str(page), "--force"]) == 0
+    assert page.read_text().startswith("<!doctype html>")
+
+
+def test_a_running_training_has_a_report(folder, tmp_path, capsys):
+    (folder / "checkpoint_last.pt").unlink()
+    (folder / "test.out").unlink()
+    assert main(["report", str(folder), "--output", str(tmp_path / "report.html")]) == 0
+    assert "no checkpoint_last.pt yet" in capsys.readouterr().err
+    text = (tmp_path / "report.html").read_text()
+    assert "no checkpoint_last.pt yet" in text and "prox:l21|seed:1" in text
+
+
+def test_scores_of_an_experiment(folder, tmp_path):
+    score = {"BLEU": {"score": 12.34, "signature": "tok:13a"}}
+    (folder / "result.json").write_text(json.dumps({"scores": {"flickr": score}}))
+    assert main(["report", str(folder), "--output", str(tmp_path / "report.html")]) == 0
+    text = (tmp_path / "report.html").read_text()
+    assert "BLEU (flickr)" in text and "12.3" in text and "flickr: BLEU tok:13a" in text
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"scores": {"test": 3}}'])
+def test_a_broken_result_is_told(content, folder, tmp_path, capsys):
+    (folder / "result.json").write_text(content)
+    assert main(["report", str(folder), "--output", str(tmp_path / "report.html")]) == 0
+    assert "result.json: no scores as expected" in capsys.readouterr().err
+
+
+def test_names_from_outside_do_not_reach_the_page_as_code(folder, tmp_path):
+    hostile = JSON.replace("DATA", "<script>alert(1)</script>")
+    (folder / "train.log").write_text(hostile)
+    run = f"<b>x</b>={folder}"
+    assert main(["report", run, "--output", str(tmp_path / "report.html")]) == 0
+    text = (tmp_path / "report.html").read_text()
+    assert "<script" not in text and "<b>" not in text
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda path: None, "cannot read: No such file"),
+        (lambda path: path.mkdir(), "no *.log in it"),
+        (lambda path: path.write_bytes(b"\x00\xff nothing\n"), "no progress lines"),
+    ],
+)
+def test_what_is_no_training(make, told, tmp_path, capsys):
+    make(tmp_path / "run")
+    options = ["--output", str(tmp_path / "report.html")]
+    assert main(["report", str(tmp_path / "run"), *options]) == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_two_runs_of_one_name(folder, tmp_path, capsys):
+    assert main(["report", str(folder), str(folder), "--output", str(tmp_path / "r.html")]) == 2
+    assert "two runs are named half" in capsys.readouterr().err
+
+
+@pytest.mark.heavy
+def test_a_real_training_tells_its_layers(corpus, run, tmp_path):
+    output = run(
+        *("fairseq_cli.train", corpus, "--user-dir", USER_DIR, *TINY_MODEL, *TINY_TRAINING),
+        *("--prox", "l21", "--prox-target-sparsity", "0.5", "--max-update", "40"),
+        *("--log-format", "simple", "--save-dir", tmp_path),
+    ).stdout
+    (tmp_path / "train.log").write_text(output)
+    log = TrainingLog()
+    log.read(tmp_path / "train.log")
+    assert min(log.layers) == 1 and log.layers[1] == {
+        "encoder-ffn": [24] * 2,
+        "decoder-ffn": [24] * 2,
+    }
+    assert sum(map(sum, log.layers[max(log.layers)].values())) == 48
+    assert max(log.train) == 40 and log.series("valid", "loss")
+    assert "--prox l21 --prox-target-sparsity 0.5" in log.notes["command"]
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "report.html")]) == 0
+    assert "48 of 96" in (tmp_path / "report.html").read_text()
