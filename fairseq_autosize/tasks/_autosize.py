@@ -18,6 +18,7 @@ from torch import nn
 
 from ..config import AutosizeConfig, ConfigError, Settings, add_bias_flags, check_training_mode
 from ..groups import Block, FeedForward, blocks_in_model, has_slope_at_zero
+from ..masters import precision_state, restore_precision
 from ..prox import OPERATORS
 from ..proximal_optimizer import GroupShape, ProximalOptimizer
 from ..report import signature
@@ -48,6 +49,7 @@ class AutosizeMixin(FairseqTask):
     _strength: float | None = None
     _totals: tuple[int, int] | None = None  # groups and parameters before anything was removed
     _restored: Mapping[str, Any] = MappingProxyType({})
+    _has_trained: bool = False  # in this process
     _meters: tuple[str, ...] = ()
     _counts: tuple[int, dict[str, float]] | None = None  # (update, what was counted then)
     _update_num: int = 0
@@ -121,21 +123,33 @@ class AutosizeMixin(FairseqTask):
             return
         if self._proximal is None or self._proximal.optimizer is not optimizer:
             self._proximal = self._build_proximal(optimizer, model, update_num)
-        self._proximal.step(update_num)
-        self._update_num = update_num + 1
-        self._log_counts()
+        if self._proximal.step(update_num):
+            self._update_num = update_num + 1
+            self._log_counts()
 
     @property
     def uses_ema(self) -> bool:
         """Whether fairseq hands the stored moving average (--store-ema) to the steps."""
         return self.settings.prox != "none"
 
-    def train_step(self, *args: Any, ema_model: nn.Module | None = None, **kwargs: Any) -> Any:
+    def train_step(
+        self,
+        sample: Any,
+        model: nn.Module,
+        criterion: nn.Module,
+        optimizer: FairseqOptimizer,
+        *args: Any,
+        ema_model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """As fairseq's. After a freeze the dead are zero in the moving average, too."""
+        if not self._has_trained:
+            restore_precision(optimizer, self._restored)
+            self._has_trained = True
         held = {} if ema_model is None or self._proximal is None else self._proximal.held()
         if held:
             self._zero(ema_model, held)
-        return super().train_step(*args, **kwargs)
+        return super().train_step(sample, model, criterion, optimizer, *args, **kwargs)
 
     def valid_step(
         self, sample: Any, model: nn.Module, criterion: nn.Module, ema_model: Any = None
@@ -161,6 +175,7 @@ class AutosizeMixin(FairseqTask):
             "prox_groups_before": groups,
             "prox_parameters_before": parameters,
             **self._proximal.state(),
+            **precision_state(self._proximal.optimizer),
         }
         if self._strength is not None:
             state["prox_strength"] = self._strength
