@@ -220,10 +220,6 @@ def test_interrupted_training_equals_uninterrupted(options, corpus, run, tmp_pat
     "options",
     [
         [],
-        ["--update-freq", "2"],
-        ["--encoder-layerdrop", "0.5"],
-        ["--weight-decay", "0.1"],
-        ["--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", "1"],
         ["--no-prox-bias"],
         ["--prox-groups", "decoder-ffn"],
         ["--prox-start-update", "5"],
