@@ -254,8 +254,8 @@ def without_masters(extra_state: Any) -> Any:
     if not isinstance(extra_state, dict):
         return extra_state
     return {
-        key: {name: kept for name, kept in value.items() if name != "prox_masters"}
-        if isinstance(value, dict) and "prox_masters" in value
+        key: {name: kept for name, kept in value.items() if name != "prox_precision"}
+        if isinstance(value, dict) and "prox_precision" in value
         else value
         for key, value in extra_state.items()
     }

@@ -151,17 +151,17 @@ def precision_state(optimizer: FairseqOptimizer) -> dict[str, Any]:
     scale is to change; with ``--amp`` all of the scaler's state.
 
     Returns:
-        ``prox_masters`` (fp32 tensors on the CPU) and ``prox_scaler`` (numbers), as there are.
+        ``masters`` (fp32 tensors on the CPU) and ``scaler`` (numbers), as there are.
     """
     if isinstance(optimizer, AMPOptimizer):
-        return {"prox_scaler": optimizer.scaler.state_dict()}
+        return {"scaler": optimizer.scaler.state_dict()}
     if not isinstance(optimizer, FP16Optimizer):
         return {}
     state: dict[str, Any] = {
-        "prox_masters": [tensor.detach().cpu() for tensor in _full_tensors(optimizer)]
+        "masters": [tensor.detach().cpu() for tensor in _full_tensors(optimizer)]
     }
     if optimizer.scaler is not None:  # bf16 has none
-        state["prox_scaler"] = {name: getattr(optimizer.scaler, name) for name in _SCALER_COUNTERS}
+        state["scaler"] = {name: getattr(optimizer.scaler, name) for name in _SCALER_COUNTERS}
     return state
 
 
@@ -171,13 +171,13 @@ def restore_precision(optimizer: FairseqOptimizer, state: Mapping[str, Any]) -> 
     Masters that do not round to the model's parameters belong to another model, such as the one
     before a compaction, and are left out.
     """
-    scaler = state.get("prox_scaler", {})
+    scaler = state.get("scaler", {})
     if isinstance(optimizer, AMPOptimizer):
         if "scale" in scaler:  # of a run with --amp, its scaler on
             optimizer.scaler.load_state_dict(scaler)
     elif isinstance(optimizer, FP16Optimizer):
         half = optimizer.fp16_params[0].dtype
-        masters = state.get("prox_masters", [])
+        masters = state.get("masters", [])
         for tensor, saved in zip(_full_tensors(optimizer), masters, strict=False):
             saved = saved.to(tensor.device)
             if saved.shape == tensor.shape and torch.equal(saved.to(half).float(), tensor.data):

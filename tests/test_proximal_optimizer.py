@@ -250,6 +250,10 @@ def test_step_that_amp_skips_shrinks_nothing(monkeypatch):
         same = all(map(torch.equal, before, model.parameters()))
         assert same != updated
         assert proximal.state() == state or updated
+    resumed = AMPOptimizer.build_optimizer(whole_config(**ADAM), list(model.parameters()))
+    restore_precision(resumed, precision_state(optimizer))
+    assert resumed.scaler.get_scale() == optimizer.scaler.get_scale() == 2  # half of what it was
+    assert resumed.scaler.state_dict() == optimizer.scaler.state_dict()
 
 
 @pytest.mark.parametrize("mode", ["fp16", "fp16-flat", "bf16"])
@@ -262,22 +266,22 @@ def test_masters_and_scaler_go_on_where_they_were(mode, monkeypatch):
     optimizer.backward(model(torch.ones(1, 4, dtype=next(model.parameters()).dtype)).sum())
     proximal.step(0)
     state = precision_state(optimizer)
-    state = {**state, "prox_masters": [tensor.clone() for tensor in state["prox_masters"]]}
+    state = {**state, "masters": [tensor.clone() for tensor in state["masters"]]}
     other, other_optimizer = build(mode, monkeypatch)
-    untouched = [tensor.clone() for tensor in precision_state(other_optimizer)["prox_masters"]]
+    untouched = [tensor.clone() for tensor in precision_state(other_optimizer)["masters"]]
     restore_precision(other_optimizer, state)  # which is of another model as yet
-    assert all(map(torch.equal, untouched, precision_state(other_optimizer)["prox_masters"]))
+    assert all(map(torch.equal, untouched, precision_state(other_optimizer)["masters"]))
 
     other.load_state_dict(model.state_dict())
     other_optimizer.fp32_params = other_optimizer.build_fp32_params(
         None, other_optimizer.fp16_params, flatten=mode == "fp16-flat"
     )
-    rounded = precision_state(other_optimizer)["prox_masters"]
-    assert not all(map(torch.equal, rounded, state["prox_masters"]))
+    rounded = precision_state(other_optimizer)["masters"]
+    assert not all(map(torch.equal, rounded, state["masters"]))
     restore_precision(other_optimizer, state)
     restored = precision_state(other_optimizer)
-    assert all(map(torch.equal, restored["prox_masters"], state["prox_masters"]))
-    assert ("prox_scaler" in state) == (mode != "bf16")
-    assert restored.get("prox_scaler") == state.get("prox_scaler")
+    assert all(map(torch.equal, restored["masters"], state["masters"]))
+    assert ("scaler" in state) == (mode != "bf16")
+    assert restored.get("scaler") == state.get("scaler")
     if mode != "bf16":
-        assert state["prox_scaler"]["_iter"] == 1
+        assert state["scaler"]["_iter"] == 1

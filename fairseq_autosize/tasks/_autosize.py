@@ -49,7 +49,6 @@ class AutosizeMixin(FairseqTask):
     _strength: float | None = None
     _totals: tuple[int, int] | None = None  # groups and parameters before anything was removed
     _restored: Mapping[str, Any] = MappingProxyType({})
-    _has_trained: bool = False  # in this process
     _meters: tuple[str, ...] = ()
     _counts: tuple[int, dict[str, float]] | None = None  # (update, what was counted then)
     _update_num: int = 0
@@ -143,9 +142,13 @@ class AutosizeMixin(FairseqTask):
         **kwargs: Any,
     ) -> Any:
         """As fairseq's. After a freeze the dead are zero in the moving average, too."""
-        if not self._has_trained:
-            restore_precision(optimizer, self._restored)
-            self._has_trained = True
+        if "prox_precision" in self._restored:  # before the first step of a resumed run
+            root = self._whole_config
+            reset = root is not None and root.checkpoint.reset_optimizer
+            if self.settings.prox != "none" and not reset:
+                restore_precision(optimizer, self._restored["prox_precision"])
+            # From now on they are out of date.
+            self._restored = {k: v for k, v in self._restored.items() if k != "prox_precision"}
         held = {} if ema_model is None or self._proximal is None else self._proximal.held()
         if held:
             self._zero(ema_model, held)
@@ -175,8 +178,9 @@ class AutosizeMixin(FairseqTask):
             "prox_groups_before": groups,
             "prox_parameters_before": parameters,
             **self._proximal.state(),
-            **precision_state(self._proximal.optimizer),
         }
+        if precision := precision_state(self._proximal.optimizer):
+            state["prox_precision"] = precision
         if self._strength is not None:
             state["prox_strength"] = self._strength
         return {type(self).__name__: state}
