@@ -9,7 +9,7 @@
 # Everything else goes to fairseq-train. An update's batch is that of one process, N times; to keep
 # it as it was, divide --update-freq by N. GPUs are left to fairseq's own start of its processes.
 # On a CPU that start runs nothing and still ends with status 0, so the processes are started here.
-# If one of them fails, the others are stopped, and so is the status: 1.
+# If one of them fails, the others are stopped, and the status is 1.
 set -euo pipefail
 
 usage() { sed -n '2,12p' "${BASH_SOURCE[0]}" | cut -c3-; }
