@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint import CheckpointError, place, printable
+from .checkpoint import CheckpointError, place, printable, without_masters
 from .groups import dead_neurons, feed_forward_in_state
 
 
@@ -57,7 +57,7 @@ def average(checkpoints: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], l
             for state in states:
                 total += state[name]
             made[place(tensor)] = mean[name] = (total / len(states)).to(tensor.dtype)
-    extra = checkpoints[-1].get("extra_state")
+    extra = without_masters(checkpoints[-1].get("extra_state"))
     if isinstance(extra, dict):
         extra = {key: value for key, value in extra.items() if not key.startswith("ema")}
     result = {**checkpoints[-1], "model": mean, "last_optimizer_state": None, "extra_state": extra}

@@ -260,6 +260,18 @@ def with_settings(
     return {**checkpoint, "cfg": sections}
 
 
+def without_masters(extra_state: Any) -> Any:
+    """A checkpoint's extra state without fp32 masters, which fit its own parameters only."""
+    if not isinstance(extra_state, dict):
+        return extra_state
+    return {
+        key: {name: kept for name, kept in value.items() if name != "prox_precision"}
+        if isinstance(value, dict) and "prox_precision" in value
+        else value
+        for key, value in extra_state.items()
+    }
+
+
 def place(tensor: Tensor) -> tuple:
     """Where a tensor that has elements lies: the same for tied parameters that share storage."""
     return tensor.data_ptr(), tensor.shape, tensor.stride()

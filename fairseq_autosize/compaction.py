@@ -27,6 +27,7 @@ from .checkpoint import (
     place,
     printable,
     with_settings,
+    without_masters,
 )
 from .compat import require_fairseq
 from .groups import (
@@ -194,6 +195,7 @@ def compact(
         **checkpoint,
         "model": _cut_state(state, parameters, biases),
         "last_optimizer_state": _cut_optimizer(checkpoint, parameters) if keep_optimizer else None,
+        "extra_state": without_masters(checkpoint.get("extra_state")),
     }
     ema_rows = _cut_ema(result, parameters)
     changes = tuple(layer.change for layer in planned_layers)

@@ -5,6 +5,7 @@ from argparse import ArgumentParser, BooleanOptionalAction
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+import torch
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
 from .groups import GROUP_NAMES
@@ -16,6 +17,9 @@ METRICS = ("identity", "adam")
 # Part of the training after which a target is reached, where the user does not say when; the rest
 # is the refit. docs/results.md has runs with other shares, of one seed.
 DEFAULT_FREEZE = 0.6
+
+
+_NO_MASTER = "it keeps no fp32 copy of the weights, so small shrinking is rounded away; use"
 
 
 class ConfigError(ValueError):
@@ -315,38 +319,58 @@ def add_bias_flags(parser: ArgumentParser) -> None:
 
 
 def check_training_mode(cfg: Any) -> None:
-    """Refuse the modes in which proximal steps are not known to be right.
+    """Refuse the modes in which proximal steps would be lost or wrong.
 
     Args:
         cfg: fairseq's whole configuration (`FairseqConfig`).
 
     Raises:
-        ConfigError: naming the flag.
+        ConfigError: naming the flag, its value and what to use instead.
     """
-    distributed = cfg.distributed_training
-    unsupported = {
-        "--memory-efficient-fp16": cfg.common.memory_efficient_fp16,
-        "--memory-efficient-bf16": cfg.common.memory_efficient_bf16,
-        "--amp": cfg.common.amp,
-        "--tpu": cfg.common.tpu and not cfg.common.bf16,
-        "--use-bmuf": cfg.optimization.use_bmuf,
-        "--ddp-backend fully_sharded": distributed.ddp_backend == "fully_sharded",
-        "--ddp-backend slowmo": distributed.ddp_backend == "slowmo",
-        "--zero-sharding os": distributed.zero_sharding == "os",
-        "--pipeline-model-parallel": distributed.pipeline_model_parallel,
-        "--model-parallel-size": cfg.common.model_parallel_size > 1,
-        "--quantization-config-path": cfg.common.quantization_config_path is not None,
-        "--quant-noise-pq": (getattr(cfg.model, "quant_noise_pq", 0) or 0) > 0,
-    }
-    if cfg.common.tpu and cfg.common.bf16:
+    distributed, common = cfg.distributed_training, cfg.common
+    backend, world_size = distributed.ddp_backend, distributed.distributed_world_size
+    if common.tpu and common.bf16:
         # fairseq's command line takes --bf16 for a TPU's, and sets --tpu itself.
         raise ConfigError(
             "--prox does not work with --bf16 on fairseq-train's command line, which turns it "
             "into --tpu: train with fairseq-hydra-train and common.bf16=true"
         )
-    refused = [flag for flag, is_set in unsupported.items() if is_set]
-    if refused:
+    sharded = "use --ddp-backend legacy_ddp, in which every process has all parameters"
+    refused = {
+        "--memory-efficient-fp16": (common.memory_efficient_fp16, f"{_NO_MASTER} --fp16"),
+        "--memory-efficient-bf16": (
+            common.memory_efficient_bf16,
+            f"{_NO_MASTER} common.bf16=true with fairseq-hydra-train",
+        ),
+        "--tpu": (common.tpu, "train on GPUs or with --cpu"),
+        "--use-bmuf": (
+            cfg.optimization.use_bmuf,
+            "its block momentum brings dead neurons back; train without it",
+        ),
+        f"--ddp-backend {backend}": (backend in ("fully_sharded", "slowmo"), sharded),
+        "--zero-sharding os": (distributed.zero_sharding == "os", "use --zero-sharding none"),
+        "--pipeline-model-parallel": (distributed.pipeline_model_parallel, sharded),
+        f"--model-parallel-size {common.model_parallel_size}": (
+            common.model_parallel_size > 1,
+            "use --model-parallel-size 1",
+        ),
+        f"--quantization-config-path {common.quantization_config_path}": (
+            common.quantization_config_path is not None,
+            "train without it, and quantize with fairseq-autosize export",
+        ),
+        "--quant-noise-pq": (
+            (getattr(cfg.model, "quant_noise_pq", 0) or 0) > 0,
+            "train without it, and quantize with fairseq-autosize export",
+        ),
+    }
+    for flag, (is_set, instead) in refused.items():
+        if is_set:
+            raise ConfigError(
+                f"--prox does not work with {flag}: {instead}, or train with --prox none"
+            )
+    if world_size > 1 and not torch.distributed.is_initialized():
+        # As with --distributed-port alone: fairseq then trains one process on a part of the GPUs.
         raise ConfigError(
-            f"--prox does not work with {', '.join(refused)} yet: drop "
-            f"{'it' if len(refused) == 1 else 'them'}, or train with --prox none"
+            f"--distributed-world-size {world_size}, but this process has joined no others and "
+            "would train alone: start the processes with scripts/train_distributed.sh"
         )

@@ -2,18 +2,28 @@
 
 A proximal step on a half-precision copy is lost: the next synchronisation overwrites it, and a
 threshold below one ulp does nothing at all. So the step acts on the master, and the caller copies
-the result back.
+the result back. fairseq's checkpoints lack the masters, so what a resumed run needs of them is
+here, too.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 from fairseq.optim import AMPOptimizer, FairseqBMUF, FairseqOptimizer
 from fairseq.optim.fp16_optimizer import FP16Optimizer, MemoryEfficientFP16Optimizer
 from torch import Tensor, nn
+
+# What DynamicLossScaler counts; fairseq saves its loss scale alone.
+_SCALER_COUNTERS = (
+    "_iter",
+    "_last_overflow_iter",
+    "_last_rescale_iter",
+    "_overflows_since_rescale",
+)
 
 
 @dataclass(frozen=True)
@@ -73,21 +83,21 @@ def find_masters(
     Call it again whenever fairseq has built a new optimizer.
 
     Args:
-        optimizer: as built by fairseq's trainer: a plain one (fp32) or an FP16Optimizer, flat or
-            not, for fp16 and bf16.
+        optimizer: as built by fairseq's trainer: a plain one (fp32), an AMPOptimizer, or an
+            FP16Optimizer, flat or not, for fp16 and bf16.
         parameters: parameters of the model.
 
     Returns:
         parameter -> `Master`.
 
     Raises:
-        TypeError: a wrapper that keeps no fp32 master, skips steps or moves the parameters after
-            its step; a proximal step would be lost or wrong there.
+        TypeError: a wrapper that keeps no fp32 master or moves the parameters by itself; a
+            proximal step would be lost or undone there.
     """
-    if isinstance(optimizer, MemoryEfficientFP16Optimizer | AMPOptimizer | FairseqBMUF):
+    if isinstance(optimizer, MemoryEfficientFP16Optimizer | FairseqBMUF):
         raise TypeError(
-            f"optimizer: proximal steps do not work with {type(optimizer).__name__} yet; drop "
-            "--memory-efficient-fp16, --memory-efficient-bf16, --amp or --use-bmuf"
+            f"optimizer: proximal steps do not work with {type(optimizer).__name__}; drop "
+            "--memory-efficient-fp16, --memory-efficient-bf16 or --use-bmuf"
         )
     owners = _owners(optimizer)
     group_of = {
@@ -125,3 +135,54 @@ def _owners(optimizer: FairseqOptimizer) -> dict[nn.Parameter, tuple[Tensor, Ten
         view = flat_tensors[device].data[start : offsets[device]].view(parameter.shape)
         owners[parameter] = (view, flat_tensors[device])
     return owners
+
+
+def _full_tensors(optimizer: FP16Optimizer) -> list[nn.Parameter]:
+    """The fp32 tensors: one for each device if flat, else one for each parameter."""
+    tensors = optimizer.fp32_params
+    return list(tensors.values()) if isinstance(tensors, dict) else list(tensors)
+
+
+def precision_state(optimizer: FairseqOptimizer) -> dict[str, Any]:
+    """What a run in half precision needs to go on as if it had not stopped; else nothing.
+
+    fairseq saves the half-precision model, the inner optimizer's state and, for fp16, the loss
+    scale. That leaves out the bits by which the masters differ from the model, and when the loss
+    scale is to change; with ``--amp`` all of the scaler's state.
+
+    Returns:
+        ``masters`` (fp32 tensors on the CPU) and ``scaler`` (numbers), as there are.
+    """
+    if isinstance(optimizer, AMPOptimizer):
+        return {"scaler": optimizer.scaler.state_dict()}
+    if not isinstance(optimizer, FP16Optimizer):
+        return {}
+    state: dict[str, Any] = {
+        "masters": [tensor.detach().cpu() for tensor in _full_tensors(optimizer)]
+    }
+    if optimizer.scaler is not None:  # bf16 has none
+        state["scaler"] = {name: getattr(optimizer.scaler, name) for name in _SCALER_COUNTERS}
+    return state
+
+
+def restore_precision(optimizer: FairseqOptimizer, state: Mapping[str, Any]) -> None:
+    """Take over what `precision_state` gave, before the first update of a resumed run.
+
+    Masters that do not round to the model's parameters belong to another model, such as the one
+    before a compaction, and are left out.
+    """
+    scaler = state.get("scaler", {})
+    if isinstance(optimizer, AMPOptimizer):
+        if "scale" in scaler:  # of a run with --amp, its scaler on
+            optimizer.scaler.load_state_dict(scaler)
+    elif isinstance(optimizer, FP16Optimizer):
+        half = optimizer.fp16_params[0].dtype
+        masters = state.get("masters", [])
+        for tensor, saved in zip(_full_tensors(optimizer), masters, strict=False):
+            saved = saved.to(tensor.device)
+            if saved.shape == tensor.shape and torch.equal(saved.to(half).float(), tensor.data):
+                tensor.data.copy_(saved)
+        if optimizer.scaler is not None:
+            for name in _SCALER_COUNTERS:
+                if name in scaler:
+                    setattr(optimizer.scaler, name, scaler[name])

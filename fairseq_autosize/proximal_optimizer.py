@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fairseq.optim import FairseqOptimizer
+from fairseq.optim import AMPOptimizer, FairseqOptimizer
 from torch import Tensor
 
 from .groups import Block, Part
@@ -95,15 +95,19 @@ class ProximalOptimizer:
         ]
         self._dead = self._dead_masks() if plan.patience is not None else []
 
-    def step(self, update_num: int) -> None:
+    def step(self, update_num: int) -> bool:
         """Step the inner optimizer, then take the proximal steps of update `update_num`.
 
         Args:
             update_num: updates done so far, as fairseq counts them; the first update has 0.
+
+        Returns:
+            Whether there was an update; False if --amp skipped it for an overflow.
         """
         if self.is_frozen(update_num) and self._held is None:
             self._freeze(update_num)  # before the optimizer's momentum moves the dead
-        self.optimizer.step()
+        if not self._step_inner():
+            return False
         self.threshold = 0.0
         if self._held is not None:
             for groups, dead in zip(self._groups, self._held, strict=True):
@@ -112,6 +116,17 @@ class ProximalOptimizer:
             self._shrink(update_num)
             if self.plan.patience is not None:
                 self._watch(update_num)
+        return True
+
+    def _step_inner(self) -> bool:
+        """Step the inner optimizer; False if it only lowered the loss scale."""
+        if not isinstance(self.optimizer, AMPOptimizer):
+            self.optimizer.step()
+            return True
+        # torch's scaler does not say that it skips a step; it lowers its scale then, and only then.
+        scale = self.optimizer.scaler.get_scale()
+        self.optimizer.step()
+        return self.optimizer.scaler.get_scale() >= scale
 
     def is_frozen(self, update_num: int) -> bool:
         """Whether update `update_num` shrinks nothing any more."""

@@ -48,7 +48,7 @@ TAIL = """
 - **Learning rate, warm-up, schedules.** The threshold of an update is λ times the learning rate of
   that update, so warm-up and decay apply to the shrinking as well.
 - **`--update-freq`, gradient clipping.** One proximal step an update, after clipping and after the
-  optimizer's step. An update skipped for an fp16 overflow takes none.
+  optimizer's step. An update skipped for an overflow takes none.
 - **`--weight-decay`** shrinks all weights by a factor; it neither kills a neuron by itself nor
   revives one.
 - **`--dropout`, `--activation-dropout`** are independent of the prox. **`--encoder-layerdrop`,
@@ -62,13 +62,15 @@ TAIL = """
   the prox takes back, so some dead neurons come back and the count goes up and down. The log
   warns of it at the start. From a freeze on (`--prox-freeze-update`, or a target) the dead are
   held.
-- **`--fp16`, `common.bf16=true`** (with fp32 master weights): the step acts on the masters. On a
-  CPU, `--fp16` needs `--fp16-no-flatten-grads`. `--bf16` on fairseq-train's command line means a
-  TPU to fairseq and is refused; fairseq-hydra-train with `common.bf16=true` works.
-- **Refused by name for now:** `--memory-efficient-fp16`, `--memory-efficient-bf16`, `--amp`,
-  `--use-bmuf`, `--tpu`, `--ddp-backend fully_sharded` and `slowmo`, `--zero-sharding os`,
-  pipeline and model parallelism, quantization and `--quant-noise-pq`; and `--scale-fc`
-  for good, since a layer norm between fc1 and fc2 mixes the neurons.
+- **`--fp16`, `common.bf16=true`** (with fp32 master weights), **`--amp`**: the step acts on the
+  fp32 weights. On a CPU, `--fp16` needs `--fp16-no-flatten-grads`. `--bf16` on fairseq-train's
+  command line means a TPU to fairseq and is refused; fairseq-hydra-train with `common.bf16=true`
+  works.
+- **Refused by name:** `--memory-efficient-fp16`, `--memory-efficient-bf16`, `--use-bmuf`, `--tpu`,
+  `--ddp-backend fully_sharded` and `slowmo`, `--zero-sharding os`, pipeline and model parallelism,
+  quantization and `--quant-noise-pq` (why, and what was tested: [training
+  modes](training-modes.md)); and `--scale-fc`, since a layer norm between fc1 and fc2 mixes the
+  neurons.
 """
 
 

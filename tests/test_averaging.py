@@ -6,6 +6,7 @@ from small_models import build_model, checkpoint_of, model_in
 
 from fairseq_autosize.averaging import average
 from fairseq_autosize.checkpoint import CheckpointError
+from fairseq_autosize.compaction import compact
 from fairseq_autosize.groups import dead_neurons
 
 
@@ -30,6 +31,20 @@ def test_mean_of_every_parameter():
         torch.testing.assert_close(value.double(), wanted, rtol=0, atol=1e-6)
     assert revived == [0, 0, 0]
     model_in(result)
+
+
+def test_masters_of_one_checkpoint_go():
+    """The fp32 masters of a half-precision run belong to its own parameters."""
+    checkpoints = three()
+    extra = {
+        "best": 1.0,
+        "Task": {"prox_precision": {"masters": [torch.ones(3)]}, "prox_frozen_at": 7},
+    }
+    checkpoints[-1]["extra_state"] = extra
+    left = {"best": 1.0, "Task": {"prox_frozen_at": 7}}
+    assert average(checkpoints)[0]["extra_state"] == left
+    assert compact(checkpoints[-1]).checkpoint["extra_state"] == left
+    assert "prox_precision" in extra["Task"], "the input stays as it is"
 
 
 def test_ties_stay():

@@ -98,29 +98,62 @@ def test_bad_values_are_refused_by_flag_and_value(options, message):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "flag"),
+    ("key", "value", "message"),
     [
-        ("common.memory_efficient_fp16", True, "--memory-efficient-fp16"),
-        ("common.memory_efficient_bf16", True, "--memory-efficient-bf16"),
-        ("common.amp", True, "--amp"),
-        ("common.tpu", True, "--tpu"),
-        ("common.model_parallel_size", 2, "--model-parallel-size"),
-        ("common.quantization_config_path", "q.yaml", "--quantization-config-path"),
-        ("optimization.use_bmuf", True, "--use-bmuf"),
-        ("distributed_training.ddp_backend", "fully_sharded", "--ddp-backend fully_sharded"),
-        ("distributed_training.ddp_backend", "slowmo", "--ddp-backend slowmo"),
-        ("distributed_training.zero_sharding", "os", "--zero-sharding os"),
-        ("distributed_training.pipeline_model_parallel", True, "--pipeline-model-parallel"),
-        ("model.quant_noise_pq", 0.1, "--quant-noise-pq"),
+        (
+            "common.memory_efficient_fp16",
+            True,
+            "--memory-efficient-fp16: it keeps no fp32 copy of the weights, so .* use --fp16, or",
+        ),
+        (
+            "common.memory_efficient_bf16",
+            True,
+            "--memory-efficient-bf16: it keeps no fp32 copy of .* use common.bf16=true with",
+        ),
+        ("common.tpu", True, "--tpu: train on GPUs or with --cpu, or"),
+        (
+            "common.model_parallel_size",
+            2,
+            "--model-parallel-size 2: use --model-parallel-size 1",
+        ),
+        (
+            "common.quantization_config_path",
+            "q.yaml",
+            "--quantization-config-path q.yaml: train without it",
+        ),
+        ("optimization.use_bmuf", True, "--use-bmuf: its block momentum .* train without it"),
+        (
+            "distributed_training.ddp_backend",
+            "fully_sharded",
+            "--ddp-backend fully_sharded: use --ddp-backend legacy_ddp",
+        ),
+        (
+            "distributed_training.ddp_backend",
+            "slowmo",
+            "--ddp-backend slowmo: use --ddp-backend legacy_ddp",
+        ),
+        (
+            "distributed_training.zero_sharding",
+            "os",
+            "--zero-sharding os: use --zero-sharding none",
+        ),
+        (
+            "distributed_training.pipeline_model_parallel",
+            True,
+            "--pipeline-model-parallel: use --ddp-backend legacy_ddp",
+        ),
+        ("model.quant_noise_pq", 0.1, "--quant-noise-pq: train without it"),
     ],
 )
-def test_modes_that_would_go_wrong_are_refused_by_flag(key, value, flag):
+def test_modes_that_would_go_wrong_are_refused_with_what_to_use(key, value, message):
     cfg = OmegaConf.create(asdict(FairseqConfig()))
     cfg.model = {}
     check_training_mode(cfg)
     OmegaConf.update(cfg, key, value, force_add=True)
-    with pytest.raises(ConfigError, match=f"--prox does not work with {flag} yet"):
+    with pytest.raises(ConfigError, match=f"--prox does not work with {message}") as caught:
         check_training_mode(cfg)
+    assert str(caught.value).endswith("or train with --prox none")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

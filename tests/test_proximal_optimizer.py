@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 import torch
@@ -12,12 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from fairseq_autosize.groups import dead_neurons, feed_forward_in_model
-from fairseq_autosize.masters import find_masters
+from fairseq_autosize.masters import find_masters, precision_state, restore_precision
 from fairseq_autosize.prox import OPERATORS
 from fairseq_autosize.proximal_optimizer import GroupShape, ProximalOptimizer
 from fairseq_autosize.strength import Plan
 
 LEARNING_RATE = 0.25
+ADAM = {"_name": "adam", "adam_betas": "(0.9, 0.98)", "adam_eps": 1e-8, "weight_decay": 0.0}
 
 
 class Layer(nn.Module):
@@ -215,15 +217,71 @@ def test_optimizer_without_a_learning_rate_needs_a_constant(monkeypatch):
 
 def test_wrappers_without_a_usable_master_are_refused(monkeypatch):
     model, inner = build("fp32", monkeypatch)
-    cfg = whole_config(_name="adam", adam_betas="(0.9, 0.98)", adam_eps=1e-8, weight_decay=0.0)
+    cfg = whole_config(**ADAM)
     parameters = list(model.parameters())
     bmuf = Namespace(block_lr=1.0, block_momentum=0.9, warmup_iterations=1, global_sync_iter=1)
     bmuf.use_nbm, bmuf.average_sync, bmuf.distributed_world_size = False, False, 1
     wrappers = (
         MemoryEfficientFP16Optimizer.build_optimizer(cfg, parameters),
-        AMPOptimizer.build_optimizer(cfg, parameters),
         FairseqBMUF(bmuf, inner),
     )
     for wrapper in wrappers:
         with pytest.raises(TypeError, match=type(wrapper).__name__):
             find_masters(wrapper, parameters)
+
+
+def test_step_that_amp_skips_shrinks_nothing(monkeypatch):
+    """Nor does it count for --prox-freeze-update auto."""
+    scaler = partial(torch.amp.GradScaler, "cpu")
+    monkeypatch.setattr(torch.cuda.amp, "GradScaler", scaler)
+    model, _ = build("fp32", monkeypatch)
+    optimizer = AMPOptimizer.build_optimizer(whole_config(**ADAM), list(model.parameters()))
+    plan = Plan(strength=0.5, step_size=1.0, patience=1)
+    proximal = ProximalOptimizer(
+        optimizer, feed_forward_in_model(model), OPERATORS["l21"], plan, GroupShape()
+    )
+    for loss_factor, updated in ((1.0, True), (float("inf"), False), (1.0, True)):
+        before = [p.detach().clone() for p in model.parameters()]
+        state = proximal.state()
+        optimizer.zero_grad()
+        optimizer.backward(model(torch.ones(1, 4)).sum() * loss_factor)
+        optimizer.clip_grad_norm(0)
+        assert proximal.step(0) == updated
+        same = all(map(torch.equal, before, model.parameters()))
+        assert same != updated
+        assert proximal.state() == state or updated
+    resumed = AMPOptimizer.build_optimizer(whole_config(**ADAM), list(model.parameters()))
+    restore_precision(resumed, precision_state(optimizer))
+    assert resumed.scaler.get_scale() == optimizer.scaler.get_scale() == 2  # half of what it was
+    assert resumed.scaler.state_dict() == optimizer.scaler.state_dict()
+
+
+@pytest.mark.parametrize("mode", ["fp16", "fp16-flat", "bf16"])
+def test_masters_and_scaler_go_on_where_they_were(mode, monkeypatch):
+    model, optimizer = build(mode, monkeypatch)
+    proximal = ProximalOptimizer(
+        optimizer, feed_forward_in_model(model), OPERATORS["l21"], Plan(1.0, 1e-4)
+    )
+    optimizer.zero_grad()
+    optimizer.backward(model(torch.ones(1, 4, dtype=next(model.parameters()).dtype)).sum())
+    proximal.step(0)
+    state = precision_state(optimizer)
+    state = {**state, "masters": [tensor.clone() for tensor in state["masters"]]}
+    other, other_optimizer = build(mode, monkeypatch)
+    untouched = [tensor.clone() for tensor in precision_state(other_optimizer)["masters"]]
+    restore_precision(other_optimizer, state)  # which is of another model as yet
+    assert all(map(torch.equal, untouched, precision_state(other_optimizer)["masters"]))
+
+    other.load_state_dict(model.state_dict())
+    other_optimizer.fp32_params = other_optimizer.build_fp32_params(
+        None, other_optimizer.fp16_params, flatten=mode == "fp16-flat"
+    )
+    rounded = precision_state(other_optimizer)["masters"]
+    assert not all(map(torch.equal, rounded, state["masters"]))
+    restore_precision(other_optimizer, state)
+    restored = precision_state(other_optimizer)
+    assert all(map(torch.equal, restored["masters"], state["masters"]))
+    assert ("scaler" in state) == (mode != "bf16")
+    assert restored.get("scaler") == state.get("scaler")
+    if mode != "bf16":
+        assert state["scaler"]["_iter"] == 1

@@ -23,6 +23,7 @@ from torch import nn
 
 from ..config import AutosizeConfig, ConfigError, Settings, add_bias_flags, check_training_mode
 from ..groups import Block, FeedForward, blocks_in_model, has_slope_at_zero
+from ..masters import precision_state, restore_precision
 from ..prox import OPERATORS
 from ..proximal_optimizer import GroupShape, ProximalOptimizer
 from ..report import signature
@@ -129,21 +130,37 @@ class AutosizeMixin(FairseqTask):
             return
         if self._proximal is None or self._proximal.optimizer is not optimizer:
             self._proximal = self._build_proximal(optimizer, model, update_num)
-        self._proximal.step(update_num)
-        self._update_num = update_num + 1
-        self._log_counts()
+        if self._proximal.step(update_num):
+            self._update_num = update_num + 1
+            self._log_counts()
 
     @property
     def uses_ema(self) -> bool:
         """Whether fairseq hands the stored moving average (--store-ema) to the steps."""
         return self.settings.prox != "none"
 
-    def train_step(self, *args: Any, ema_model: nn.Module | None = None, **kwargs: Any) -> Any:
+    def train_step(
+        self,
+        sample: Any,
+        model: nn.Module,
+        criterion: nn.Module,
+        optimizer: FairseqOptimizer,
+        *args: Any,
+        ema_model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """As fairseq's. After a freeze the dead are zero in the moving average, too."""
+        if "prox_precision" in self._restored:  # before the first step of a resumed run
+            root = self._whole_config
+            reset = root is not None and root.checkpoint.reset_optimizer
+            if self.settings.prox != "none" and not reset:
+                restore_precision(optimizer, self._restored["prox_precision"])
+            # From now on they are out of date.
+            self._restored = {k: v for k, v in self._restored.items() if k != "prox_precision"}
         held = {} if ema_model is None or self._proximal is None else self._proximal.held()
         if held:
             self._zero(ema_model, held)
-        return super().train_step(*args, **kwargs)
+        return super().train_step(sample, model, criterion, optimizer, *args, **kwargs)
 
     def valid_step(
         self, sample: Any, model: nn.Module, criterion: nn.Module, ema_model: Any = None
@@ -170,6 +187,8 @@ class AutosizeMixin(FairseqTask):
             "prox_parameters_before": parameters,
             **self._proximal.state(),
         }
+        if precision := precision_state(self._proximal.optimizer):
+            state["prox_precision"] = precision
         if self._strength is not None:
             state["prox_strength"] = self._strength
         return {type(self).__name__: state}
