@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint import CheckpointError, place, printable, without_masters
+from .checkpoint import CheckpointError, check_finite, place, printable, without_masters
 from .groups import dead_neurons, feed_forward_in_state
 
 
@@ -24,7 +24,8 @@ def average(checkpoints: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], l
         The checkpoint, and for each input how many neurons are dead there but alive in the mean.
 
     Raises:
-        CheckpointError: fewer than two, or names or shapes of parameters that differ.
+        CheckpointError: fewer than two, names, shapes or types of parameters that differ, or NaN
+            or infinity in one.
         GroupError: no feed-forward layers.
     """
     if len(checkpoints) < 2:
@@ -39,11 +40,18 @@ def average(checkpoints: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], l
                 f"the parameter {printable(name)}"
             )
         for name, tensor in state.items():
+            if tensor.is_floating_point() != last[name].is_floating_point():
+                raise CheckpointError(
+                    f"{printable(name)} has the type {tensor.dtype} in checkpoint {number} and "
+                    f"{last[name].dtype} in the last one"
+                )
             if tensor.shape != last[name].shape:
                 raise CheckpointError(
                     f"{printable(name)} has shape {tuple(tensor.shape)} in checkpoint {number} and "
                     f"{tuple(last[name].shape)} in the last one; average before compaction"
                 )
+    for state in states:
+        check_finite(state)
     mean: dict[str, torch.Tensor] = {}
     made: dict[tuple, torch.Tensor] = {}
     for name, tensor in last.items():
@@ -59,7 +67,7 @@ def average(checkpoints: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], l
             made[place(tensor)] = mean[name] = (total / len(states)).to(tensor.dtype)
     extra = without_masters(checkpoints[-1].get("extra_state"))
     if isinstance(extra, dict):
-        extra = {key: value for key, value in extra.items() if not key.startswith("ema")}
+        extra = {key: value for key, value in extra.items() if not str(key).startswith("ema")}
     result = {**checkpoints[-1], "model": mean, "last_optimizer_state": None, "extra_state": extra}
     alive = [~dead_neurons(layer.fc1_weight) for layer in feed_forward_in_state(mean)]
     revived = []

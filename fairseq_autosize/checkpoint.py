@@ -49,6 +49,12 @@ _ITEM_SIZES = {
 # list(<a tensor that repeats one value>). Checkpoints only name them, or do not have them.
 _NEVER_CALLED = re.compile(r"builtins\.(?!set$)|torch\.(?:\w+\.)*\w*(?:Storage|Tensor)$")
 
+# Types of the numbers in a model. Others, such as complex ones, torch cannot all compare or add.
+_NUMBERS = frozenset(
+    getattr(torch, name)
+    for name in "float16 bfloat16 float32 float64 bool uint8 int8 int16 int32 int64".split()
+)
+
 # Buffers that fairseq's Transformers keep in their state dict beside the parameters.
 _BUFFERS = ("version", "_float_tensor", "embed_positions.weights")
 
@@ -227,7 +233,8 @@ def head_widths(checkpoint: Mapping[str, Any]) -> dict[str, int]:
     result = {}
     for side in ("encoder", "decoder"):
         size, heads = (config.get(f"{side}_{name}") for name in ("embed_dim", "attention_heads"))
-        if isinstance(size, int) and isinstance(heads, int) and heads > 0 and size % heads == 0:
+        numbers = isinstance(size, int) and isinstance(heads, int)
+        if numbers and size > 0 and heads > 0 and size % heads == 0:
             result[side] = size // heads
     return result
 
@@ -303,6 +310,20 @@ def parameter_names(state: Mapping[str, Tensor]) -> list[str]:
             matrices.setdefault(key, []).append(data)
         names.append(name)
     return names
+
+
+def check_finite(state: Mapping[str, Tensor]) -> None:
+    """Refuse the parameters of a training that has diverged.
+
+    Raises:
+        CheckpointError: NaN or infinity; names the parameter.
+    """
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"{printable(name)} holds NaN or infinity; the training has diverged, so take an "
+                "earlier checkpoint"
+            )
 
 
 def printable(text: str) -> str:
@@ -501,7 +522,7 @@ def _check_contents(checkpoint: object) -> None:
         if not isinstance(tensor, Tensor):
             raise _Fault(f"model[{_text(name)}] is a {type(tensor).__name__}, no tensor")
         dense = tensor.layout == torch.strided and not tensor.is_quantized
-        if not dense or tensor.device.type != "cpu":
+        if not dense or tensor.device.type != "cpu" or tensor.dtype not in _NUMBERS:
             raise _Fault(f"model[{_text(name)}] is not a dense tensor of numbers")
         # Such as one number repeated by strides of zero, in a shape that no memory could hold.
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
@@ -510,8 +531,11 @@ def _check_contents(checkpoint: object) -> None:
 
 def _plain_mapping(value: object, name: str) -> dict[str, Any]:
     if isinstance(value, argparse.Namespace):
-        return vars(value)
+        value = vars(value)
     if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise CheckpointError(f"{name} has the key {_text(key)}, no name of a setting")
         return value
     if isinstance(value, Mapping):  # omegaconf's DictConfig, loaded only where it is installed
         from omegaconf import OmegaConf

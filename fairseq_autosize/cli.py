@@ -205,8 +205,8 @@ def _compact(arguments: argparse.Namespace) -> None:
                 "signature": before["signature"],
             },
         )
-    write_checkpoint(result.checkpoint, arguments.output, force=arguments.force)
     after = count_neurons(result.checkpoint)["parameters"]["total"]
+    write_checkpoint(result.checkpoint, arguments.output, force=arguments.force)
     sys.stdout.write(_describe(arguments, result, before["parameters"]["total"], after))
 
 
@@ -278,8 +278,9 @@ def _add_average(commands: argparse._SubParsersAction) -> None:
 
 def _average(arguments: argparse.Namespace) -> None:
     result, revived = average([read_checkpoint(path) for path in arguments.checkpoints])
+    with _naming(arguments.checkpoints[-1]):  # its settings
+        neurons = count_neurons(result)["ffn_neurons"]
     write_checkpoint(result, arguments.output, force=arguments.force)
-    neurons = count_neurons(result)["ffn_neurons"]
     sys.stdout.write(
         f"wrote {arguments.output}: mean of {len(revived)} checkpoints; {neurons['alive']:,} of "
         f"{neurons['total']:,} neurons alive, the union of those alive in any of them\n"

@@ -20,6 +20,7 @@ from torch.nn import functional
 from . import __version__
 from .checkpoint import (
     CheckpointError,
+    check_finite,
     config_section,
     head_widths,
     model_config,
@@ -197,7 +198,7 @@ def compact(
         "last_optimizer_state": _cut_optimizer(checkpoint, parameters) if keep_optimizer else None,
         "extra_state": without_masters(checkpoint.get("extra_state")),
     }
-    ema_rows = _cut_ema(result, parameters)
+    ema_rows = _cut_ema(result, state, parameters)
     changes = tuple(layer.change for layer in planned_layers)
     attention = tuple(block.change for block in planned_heads)
     widths = _widths_by_side(result["model"])
@@ -227,12 +228,7 @@ def _architecture(checkpoint: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _check(state: Mapping[str, Tensor], layers: Sequence[FeedForward]) -> None:
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(
-                f"{printable(name)} holds NaN or infinity; the training has diverged, so take an "
-                "earlier checkpoint"
-            )
+    check_finite(state)
     for layer in layers:
         if f"{layer.name}.ffn_layernorm.weight" in state:
             raise CheckpointError(
@@ -340,13 +336,20 @@ def _constant(
     outputs = _ACTIVATIONS[activation](biases)
     if not bool(outputs.any()):  # relu of a negative bias
         return 0, None
-    name = f"{layer.name}.fc2.bias"
-    if name not in state:
+    old = _bias_after(state, f"{layer.name}.fc2", layer.fc2_weight, "neurons")
+    bias = old.double() + layer.fc2_weight[:, dead].double() @ outputs
+    return int((outputs != 0).sum()), bias.to(old.dtype)
+
+
+def _bias_after(state: Mapping[str, Tensor], name: str, weight: Tensor, groups: str) -> Tensor:
+    """The bias that goes with a weight of shape (d, groups); it takes up the dead's constants."""
+    bias = state.get(f"{name}.bias")
+    if bias is None or bias.shape != weight.shape[:1] or not bias.is_floating_point():
         raise CheckpointError(
-            f"{printable(name)} is missing, so the constant output of dead neurons cannot be kept"
+            f"{printable(name)}.bias is missing, or does not fit {printable(name)}.weight, so the "
+            f"constant output of dead {groups} cannot be kept"
         )
-    bias = state[name].double() + layer.fc2_weight[:, dead].double() @ outputs
-    return int((outputs != 0).sum()), bias.to(state[name].dtype)
+    return bias
 
 
 def _constant_of_heads(
@@ -358,13 +361,9 @@ def _constant_of_heads(
     biases = torch.where(dead, block.biases["v_proj"].double(), 0.0)
     if not bool(biases.any()) or not bool(block.out_weight[:, dead].any()):
         return 0, None
-    name = f"{block.name}.out_proj.bias"
-    if name not in state:
-        raise CheckpointError(
-            f"{printable(name)} is missing, so the constant output of dead heads cannot be kept"
-        )
-    bias = state[name].double() + block.out_weight.double() @ biases
-    return int(dead.sum()), bias.to(state[name].dtype)
+    old = _bias_after(state, f"{block.name}.out_proj", block.out_weight, "heads")
+    bias = old.double() + block.out_weight.double() @ biases
+    return int(dead.sum()), bias.to(old.dtype)
 
 
 def _cut_state(
@@ -398,6 +397,12 @@ def _cut_optimizer(
     model = checkpoint["model"]
     names = parameter_names(model)
     slots = old["state"]
+    for key, slot in slots.items():
+        if not isinstance(key, int) or not isinstance(slot, dict):
+            raise CheckpointError(
+                "--keep-optimizer: the optimizer's state is not one of torch's, a dict for the "
+                "number of each parameter; compact without --keep-optimizer"
+            )
     flat = len(slots) == 1 and len(names) > 1
     if not flat and len(slots) != len(names):
         raise CheckpointError(
@@ -461,7 +466,9 @@ def _cut_flat(
     return torch.cat(parts)
 
 
-def _cut_ema(result: dict[str, Any], cuts: Mapping[str, tuple[_Cut, int]]) -> int:
+def _cut_ema(
+    result: dict[str, Any], state: Mapping[str, Tensor], cuts: Mapping[str, tuple[_Cut, int]]
+) -> int:
     """Cut a stored moving average of the model by the model's mask; counts what was not zero."""
     extra_state = result.get("extra_state")
     if not isinstance(extra_state, dict):
@@ -472,6 +479,12 @@ def _cut_ema(result: dict[str, Any], cuts: Mapping[str, tuple[_Cut, int]]) -> in
         average = extra_state.get(key)
         if not isinstance(average, dict):
             continue
+        for name, tensor in average.items():
+            if not isinstance(tensor, Tensor) or tensor.shape != state.get(name, tensor).shape:
+                raise CheckpointError(
+                    f"extra_state[{key}][{printable(str(name))}] is no moving average of the "
+                    "model's parameter"
+                )
         changed[key] = _cut_state(average, cuts, {})
         if key == "ema":
             for name in cuts:
@@ -536,15 +549,20 @@ def _rewrite_settings(
             model[f"{side}_ffn_dims"] = ",".join(map(str, sizes))
     for part, counts in heads.items():
         model[f"{part}_head_counts"] = ",".join(map(str, counts))
-    if old.get("task") in _STOCK_TASKS:
-        model["task"] = _STOCK_TASKS[old["task"]]
+    if (stock_task := _stock_task(old.get("task"))) is not None:
+        model["task"] = stock_task
     gone = [f"{side}_ffn_dims" for side in widths] if uniform else []
     gone += [f"{part}_head_counts" for part in ATTENTION_PARTS]
     checkpoint = with_settings(checkpoint, "model", model, drop=gone)
-    task = config_section(checkpoint, "task").get("_name")
-    if task in _STOCK_TASKS:
-        checkpoint = with_settings(checkpoint, "task", {"_name": _STOCK_TASKS[task]})
+    stock_task = _stock_task(config_section(checkpoint, "task").get("_name"))
+    if stock_task is not None:
+        checkpoint = with_settings(checkpoint, "task", {"_name": stock_task})
     return checkpoint
+
+
+def _stock_task(name: object) -> str | None:
+    """The task that plain fairseq knows for one of ours."""
+    return _STOCK_TASKS.get(name) if isinstance(name, str) else None
 
 
 def _note(
@@ -553,6 +571,8 @@ def _note(
     """Append to the checkpoint's history what was done, unless that was nothing."""
     note = checkpoint.get("autosize")
     history = note.get("history", []) if isinstance(note, dict) else []
+    if not isinstance(history, list):
+        raise CheckpointError(f"autosize.history is a {type(history).__name__}, no list of steps")
     if not history or any(change.before != change.after or change.folded for change in changes):
         # Attention is of interest only where it has lost heads.
         changes = [c for c in changes if c.kind.endswith("ffn") or c.before != c.after]

@@ -1,9 +1,10 @@
 """Export to CTranslate2, through its own converter, and a check that both engines agree."""
 
+import contextlib
 import os
 import tempfile
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,12 @@ QUANTIZATIONS = (
     "bfloat16",
     "float32",
 )
+
+# Beyond these a model is not what the parameters in the checkpoint are of, but fills the memory.
+_MOST_LAYERS = 500
+_MOST_EXTRA = 2**27  # numbers that are no parameters in the checkpoint: sinusoids of positions
+
+_SHORTEST = 5  # positions that the sentences for the comparison need
 
 # Largest difference of a token's log probability that float32 may show.
 TOLERANCE = 1e-3
@@ -73,7 +80,8 @@ def export_ctranslate2(
 
     Raises:
         ExportError: `output` exists, ctranslate2 is not installed or cannot convert the model, a
-            vocabulary is missing, or float32 scores differ by more than `TOLERANCE`.
+            vocabulary is missing, the settings in the checkpoint do not describe the model whose
+            parameters it has, or float32 scores differ by more than `TOLERANCE`.
         CheckpointError, GroupError: the checkpoint cannot be compacted.
     """
     output = Path(output)
@@ -92,7 +100,8 @@ def export_ctranslate2(
     settings = _flat_settings(small, data)
     task = _task(settings)
     sentences = _sentences(settings, task)
-    expected = _fairseq_scores(settings, task, small["model"], sentences)
+    with _telling("fairseq cannot run the model that the checkpoint's settings describe"):
+        expected = _fairseq_scores(settings, task, small["model"], sentences)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
         source = Path(folder, "checkpoint.pt")
         write_checkpoint({"args": settings, "cfg": None, "model": small["model"]}, source)
@@ -100,14 +109,12 @@ def export_ctranslate2(
         for kind in dict.fromkeys((None, quantization)):
             # In this process, so that the registered safe globals and models are there; the
             # converter reads the file weights-only.
-            converter = FairseqConverter(str(source), settings.data)
             made[kind] = Path(folder, kind or "plain")
-            try:
+            with _telling("ctranslate2 cannot convert the model"):
+                converter = FairseqConverter(str(source), settings.data)
                 converter.convert(str(made[kind]), quantization=kind)
-            except (ValueError, RuntimeError, NotImplementedError, OSError) as error:
-                reason = " ".join(str(error).split())
-                raise ExportError(f"ctranslate2 cannot convert the model: {reason}") from error
-        largest = _difference(made[None], task, sentences, expected)
+        with _telling("ctranslate2 cannot run the converted model"):
+            largest = _difference(made[None], task, sentences, expected)
         if not largest <= TOLERANCE:
             raise ExportError(
                 f"fairseq and CTranslate2 differ by {largest:.2g} in a token's log probability "
@@ -121,6 +128,22 @@ def export_ctranslate2(
             output.rename(old)
         made[quantization].rename(output)
     return Agreement(sum(map(len, expected)), largest, quantized)
+
+
+@contextlib.contextmanager
+def _telling(what: str) -> Iterator[None]:
+    """Tell in one line what fails in fairseq or ctranslate2.
+
+    They take settings as they come, so that those of a damaged or hostile checkpoint make them
+    raise anything.
+    """
+    try:
+        yield
+    except ExportError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:500] or type(error).__name__
+        raise ExportError(f"{what}: {reason}") from error
 
 
 def _flat_settings(checkpoint: Mapping[str, Any], data: str | os.PathLike[str] | None) -> Namespace:
@@ -151,21 +174,22 @@ def _task(settings: Namespace) -> Any:
     require_fairseq()
     from fairseq.tasks import setup_task
 
-    try:
+    with _telling(f"the vocabularies do not load from {settings.data} (--data-dir)"):
         return setup_task(settings)
-    except Exception as error:  # fairseq raises the base class itself
-        reason = " ".join(str(error).split())
-        raise ExportError(
-            f"the vocabularies do not load from {settings.data} (--data-dir): {reason}"
-        ) from error
 
 
 def _sentences(settings: Namespace, task: Any) -> list[Pair]:
     """Pairs of random token indices, without fairseq's special symbols; always the same."""
     generator = torch.Generator().manual_seed(1)
     names = ("max_source_positions", "max_target_positions", "tokens_per_sample")
-    limits = (getattr(settings, name, None) for name in names)
-    longest = min(24, *(limit for limit in limits if limit))
+    limits = {name: getattr(settings, name, None) for name in names}
+    for name, limit in limits.items():
+        if limit is not None and not (isinstance(limit, int) and limit >= _SHORTEST):
+            raise ExportError(
+                f"the checkpoint's settings have {name} {repr(limit)[:50]}: must be a number >= "
+                f"{_SHORTEST}, so that there are sentences to compare"
+            )
+    longest = min([24, *(limit for limit in limits.values() if limit is not None)])
 
     def draw(dictionary: Any, length: int) -> list[int]:
         low, high = dictionary.nspecial, len(dictionary)
@@ -184,6 +208,16 @@ def _fairseq_scores(
     """Log probability of each target token and of the end of the sentence."""
     from fairseq.models import build_model
 
+    for side in ("encoder", "decoder"):
+        layers = getattr(settings, f"{side}_layers", None)
+        if isinstance(layers, int) and layers > _MOST_LAYERS:
+            raise ExportError(f"the settings ask for {layers} layers; at most {_MOST_LAYERS}")
+    with torch.device("meta"):  # where tensors have sizes only
+        sizes: nn.Module = build_model(settings, task)
+    wanted = sum(x.numel() for x in (*sizes.parameters(), *sizes.buffers()))
+    there = sum(x.numel() for x in state.values())
+    if wanted > there + _MOST_EXTRA:
+        raise ExportError(f"the settings ask for {wanted:,} numbers; the checkpoint has {there:,}")
     model: nn.Module = build_model(settings, task)
     model.load_state_dict(dict(state), strict=True)
     model.eval()

@@ -328,12 +328,18 @@ def feed_forward_in_state(state: Mapping[str, Tensor]) -> list[FeedForward]:
         if name == key or match is None or fc2_weight is None:
             continue
         bias = state.get(f"{name}.fc1.bias")
-        neurons = weight.shape[0] if weight.dim() == 2 else -1
-        if fc2_weight.shape[1:] != (neurons,) or (bias is not None and bias.shape != (neurons,)):
+        tensors = [x for x in (weight, bias, fc2_weight) if x is not None]
+        if (
+            weight.dim() != 2
+            or fc2_weight.shape != weight.shape[::-1]
+            or (bias is not None and bias.shape != weight.shape[:1])
+            or not all(tensor.is_floating_point() for tensor in tensors)
+        ):
             raise GroupError(
                 f"{name}: fc1.weight {tuple(weight.shape)}, fc1.bias "
                 f"{None if bias is None else tuple(bias.shape)} and fc2.weight "
-                f"{tuple(fc2_weight.shape)} do not belong together"
+                f"{tuple(fc2_weight.shape)} do not belong together, or hold no floating-point "
+                "numbers"
             )
         # An empty layer has no storage to be shared.
         if weight.numel() and weight.data_ptr() in seen:
@@ -381,15 +387,17 @@ def attention_in_state(
         weights = {x: state.get(f"{name}.{x}.weight") for x in ("q_proj", "k_proj", "v_proj")}
         biases = {x: state[f"{name}.{x}.bias"] for x in weights if f"{name}.{x}.bias" in state}
         out = state.get(f"{name}.out_proj.weight")
-        rows = value.shape[0]
+        rows = len(value) if value.dim() else -1
         heads, rest = divmod(rows, width)
         shapes = [None if x is None else tuple(x.shape) for x in (*weights.values(), out)]
         if (
             rest
             or None in shapes
-            or any(shape[:1] != (rows,) for shape in shapes[:3])
-            or shapes[3][1:] != (rows,)
+            or any(len(shape) != 2 for shape in shapes)
+            or any(shape[0] != rows for shape in shapes[:3])
+            or shapes[3][1] != rows
             or any(bias.shape != (rows,) for bias in biases.values())
+            or not all(x.is_floating_point() for x in (*weights.values(), *biases.values(), out))
         ):
             raise GroupError(
                 f"{name}: q_proj, k_proj, v_proj and out_proj of shapes {shapes} do not belong "

@@ -12,7 +12,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from .checkpoint import read_checkpoint, write_checkpoint
+from .checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from .compaction import Compaction, compact
 from .report import count_neurons
 
@@ -124,8 +124,14 @@ def _parse(arguments: Sequence[str], epochs: int) -> Namespace:
 
 def _progress(checkpoint: dict) -> tuple[int, int]:
     """(updates, epochs finished) of a checkpoint."""
-    updates = checkpoint["optimizer_history"][-1]["num_updates"]
-    iterator = checkpoint["extra_state"]["train_iterator"]
-    # At the end of an epoch fairseq stores the next one, from its beginning.
-    finished = iterator["epoch"] if iterator.get("iterations_in_epoch") else iterator["epoch"] - 1
-    return updates, finished
+    try:
+        updates = checkpoint["optimizer_history"][-1]["num_updates"]
+        iterator = checkpoint["extra_state"]["train_iterator"]
+        epoch, inside = iterator["epoch"], iterator.get("iterations_in_epoch")
+        # At the end of an epoch fairseq stores the next one, from its beginning.
+        return int(updates), int(epoch if inside else epoch - 1)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            "the checkpoint does not tell how far its training is (optimizer_history, "
+            "extra_state.train_iterator)"
+        ) from error

@@ -149,7 +149,13 @@ class AutosizeMixin(FairseqTask):
         ema_model: nn.Module | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As fairseq's. After a freeze the dead are zero in the moving average, too."""
+        """As fairseq's. After a freeze the dead are zero in the moving average, too.
+
+        Raises:
+            FloatingPointError: fairseq repeats a step with gradients that are NaN or infinite, with
+                hooks on the model that are to tell where. torch cannot call these on what an
+                encoder returns, and ends in a StopIteration that says nothing.
+        """
         if "prox_precision" in self._restored:  # before the first step of a resumed run
             root = self._whole_config
             reset = root is not None and root.checkpoint.reset_optimizer
@@ -160,7 +166,16 @@ class AutosizeMixin(FairseqTask):
         held = {} if ema_model is None or self._proximal is None else self._proximal.held()
         if held:
             self._zero(ema_model, held)
-        return super().train_step(sample, model, criterion, optimizer, *args, **kwargs)
+        try:
+            return super().train_step(sample, model, criterion, optimizer, *args, **kwargs)
+        except StopIteration as error:
+            failure = error.__context__
+            if not isinstance(failure, FloatingPointError):
+                raise
+            raise FloatingPointError(
+                f"{failure}: the training has diverged; lower --lr, warm up longer or clip with "
+                "--clip-norm. crash.pt in --save-dir has the parameters as they were before"
+            ) from failure
 
     def valid_step(
         self, sample: Any, model: nn.Module, criterion: nn.Module, ema_model: Any = None
