@@ -6,6 +6,7 @@ What the reader refuses, and why, is in test_checkpoint.py; here it is what the 
 import argparse
 import os
 import random
+import re
 import resource
 import subprocess
 import time
@@ -352,7 +353,8 @@ def test_no_permission(attempt, command):
 
 GENERATE = ["fairseq_cli.generate", "--max-len-b", "5", "--path"]
 TRAIN = ["fairseq_cli.train", *TINY_MODEL, *TINY_TRAINING, "--max-update", "1", "--save-dir", "new"]
-CODE = "Unsupported global: GLOBAL posix.system"
+CODE = r"unsupported GLOBAL posix\.system|module posix is blocked"
+CUT = r"OSError: \[Errno 22\] Invalid argument|PytorchStreamReader failed"  # by where it is cut
 
 
 @pytest.mark.heavy
@@ -360,10 +362,10 @@ CODE = "Unsupported global: GLOBAL posix.system"
     ("program", "file", "told"),
     [
         (GENERATE, "code", CODE),
-        (GENERATE, "half", "PytorchStreamReader failed"),
+        (GENERATE, "half", CUT),
         (GENERATE, "list", "list indices must be integers"),
         ([*TRAIN, "--restore-file"], "code", CODE),
-        ([*TRAIN, "--restore-file"], "half", "PytorchStreamReader failed"),
+        ([*TRAIN, "--restore-file"], "half", CUT),
         ([*TRAIN, "--finetune-from-model"], "code", CODE),
     ],
 )
@@ -380,6 +382,6 @@ def test_programs_of_fairseq(corpus, tmp_path, program, file, told):
     command = [module, corpus, "--user-dir", USER_DIR, "--cpu", *arguments, tmp_path / "bad.pt"]
     result = run_program(*command, cwd=tmp_path)
     assert result.returncode != 0
-    assert told in result.stdout
+    assert re.search(told, result.stdout), result.stdout[-3000:]
     assert not (tmp_path / "canary").exists()
     assert not list(tmp_path.glob("new/checkpoint*"))
