@@ -196,7 +196,9 @@ def compact(
         **checkpoint,
         "model": _cut_state(state, parameters, biases),
         "last_optimizer_state": _cut_optimizer(checkpoint, parameters) if keep_optimizer else None,
-        "extra_state": without_masters(checkpoint.get("extra_state")),
+        "extra_state": _cut_masters(checkpoint, parameters, biases)
+        if keep_optimizer
+        else without_masters(checkpoint.get("extra_state")),
     }
     ema_rows = _cut_ema(result, state, parameters)
     changes = tuple(layer.change for layer in planned_layers)
@@ -464,6 +466,51 @@ def _cut_flat(
         for name, part in zip(names, value.split(sizes), strict=True)
     ]
     return torch.cat(parts)
+
+
+def _cut_masters(
+    checkpoint: Mapping[str, Any],
+    cuts: Mapping[str, tuple[_Cut, int]],
+    biases: Mapping[str, Tensor],
+) -> Any:
+    """The extra state with the fp32 masters of a half-precision run cut like the optimizer's state.
+
+    Masters are one tensor for each parameter, or a flat one over all of them.
+    """
+    extra_state, model = checkpoint.get("extra_state"), checkpoint["model"]
+    if not isinstance(extra_state, dict):
+        return extra_state
+    names = parameter_names(model)
+
+    def cut(saved: object) -> list[Tensor]:
+        shapes = [model[name].shape for name in names]
+        if not isinstance(saved, list) or not all(isinstance(master, Tensor) for master in saved):
+            raise CheckpointError(
+                "--keep-optimizer: the fp32 masters (prox_precision) are no list of tensors; "
+                "compact without --keep-optimizer"
+            )
+        flat = len(saved) == 1 < len(names)
+        if flat and saved[0].shape == (sum(shape.numel() for shape in shapes),):
+            parts = saved[0].split([shape.numel() for shape in shapes])
+            saved = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        if [master.shape for master in saved] != shapes:
+            raise CheckpointError(
+                "--keep-optimizer: the fp32 masters (prox_precision) do not have the shapes of "
+                "the model's parameters; compact without --keep-optimizer"
+            )
+        new = [
+            biases[name].float() if name in biases else _cut_slot("", master, name, shape, cuts)
+            for name, master, shape in zip(names, saved, shapes, strict=True)
+        ]
+        return [torch.cat([master.flatten() for master in new])] if flat else new
+
+    result = dict(extra_state)
+    for key, value in extra_state.items():
+        precision = value.get("prox_precision") if isinstance(value, dict) else None
+        if isinstance(precision, dict) and "masters" in precision:
+            masters = cut(precision["masters"])
+            result[key] = {**value, "prox_precision": {**precision, "masters": masters}}
+    return result
 
 
 def _cut_ema(

@@ -15,7 +15,7 @@ from conftest import TINY_MODEL, TINY_TRAINING, USER_DIR
 from small_models import build_model, checkpoint_of
 from test_training import LM
 
-from fairseq_autosize.checkpoint import read_checkpoint, write_checkpoint
+from fairseq_autosize.checkpoint import parameter_names, read_checkpoint, write_checkpoint
 from fairseq_autosize.cli import main
 from fairseq_autosize.compaction import compact
 from fairseq_autosize.groups import dead_neurons, feed_forward_in_state
@@ -155,7 +155,7 @@ def test_half_precision_training_goes_on_as_without_compaction(flat, corpus, run
     ends = [read_checkpoint(folder / "checkpoint_last.pt") for folder in (wide, narrow)]
     assert [end["optimizer_history"][-1]["num_updates"] for end in ends] == [50, 50]
     assert mean_losses(ends[1]) == pytest.approx(mean_losses(ends[0]), rel=1e-5)
-    ends = [compact(end) for end in ends]
+    ends = [compact(end, keep_optimizer=True) for end in ends]
     assert ends[1].widths == ends[0].widths and any(map(any, ends[0].widths.values()))
     assert [layer.before for layer in ends[1].layers] != [24] * 4
     states = [[end.checkpoint["model"]] for end in ends]
@@ -163,9 +163,28 @@ def test_half_precision_training_goes_on_as_without_compaction(flat, corpus, run
         for state, end in zip(states, ends, strict=True):
             extra = end.checkpoint["extra_state"]
             state += [extra["ema"], extra["ema_fp32_params"]]
+    # No gradient but rounding reaches the bias of k, which Adam then scales up: it means nothing.
     for one, other in zip(*states, strict=True):
         for name, value in one.items():
-            torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-4, msg=name)
+            if not name.endswith("k_proj.bias"):
+                torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-4, msg=name)
+    # Closer than half precision: the masters went on, not the parameters rounded from them.
+    names = parameter_names(ends[0].checkpoint["model"])
+    shapes = [ends[0].checkpoint["model"][name].shape for name in names]
+    masters = [
+        end.checkpoint["extra_state"]["TranslationAutosizeTask"]["prox_precision"]["masters"]
+        for end in ends
+    ]
+    if flat:
+        sizes = [shape.numel() for shape in shapes]
+        masters = [tensor.split(sizes) for (tensor,) in masters]
+    assert [one.numel() for one in masters[1]] == [shape.numel() for shape in shapes]
+    differences = [
+        (one - other).abs().flatten()
+        for name, one, other in zip(names, *masters, strict=True)
+        if not name.endswith("k_proj.bias")
+    ]
+    assert float(torch.cat(differences).mean()) < 5e-6  # half precision has steps of 1e-4 here
 
 
 def test_a_stored_moving_average_loads(corpus, run, tmp_path):

@@ -112,7 +112,7 @@ def test_experiment_resumes_and_refuses_other_settings(tmp_path):
     before = json.loads((run / "result.json").read_text())
     (run / "trained.json").unlink()
     (run / "result.json").unlink()
-    once_more = subprocess.run(command, capture_output=True, text=True)
+    once_more = subprocess.run([*command[:-3], "l21:30"], capture_output=True, text=True)
     assert once_more.returncode == 0, once_more.stderr
     after = json.loads((run / "result.json").read_text())
     assert (after["history"], after["scores"]) == (before["history"], before["scores"])

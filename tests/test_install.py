@@ -11,6 +11,14 @@ from conftest import ROOT, TINY_MODEL, TINY_TRAINING
 
 pytestmark = pytest.mark.heavy
 
+
+def python(arguments: list[object], path: Path, cwd: Path) -> subprocess.CompletedProcess:
+    """A new process, since where it finds fairseq and the package is what is tested."""
+    environment = {**os.environ, "PYTHONPATH": str(path), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
 TRAINING = [*TINY_MODEL, *TINY_TRAINING, "--prox", "l21", "--max-update", "2"]
 
 
@@ -27,7 +35,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (source / name).write_bytes((ROOT / name).read_bytes())
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "--target", folder, source], check=True)
-    assert (folder / "fairseq_autosize" / "tasks").is_dir()
+    for name in ("tasks", "models", "report.html.jinja"):
+        assert (folder / "fairseq_autosize" / name).exists()
     # `..` must lead from fairseq's folder to this one, so links stand for its content only.
     (folder / "fairseq").mkdir()
     for entry in Path(fairseq.__file__).parent.iterdir():
@@ -36,35 +45,22 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("user_dir", ["path", "name"])
-def test_installed_package_from_another_directory(user_dir, site, corpus, run, tmp_path):
+def test_installed_package_from_another_directory(user_dir, site, corpus, tmp_path):
     value = site / "fairseq_autosize" if user_dir == "path" else "fairseq_autosize"
-    output = run(
-        *("fairseq_cli.train", corpus, "--user-dir", value, *TRAINING, "--save-dir", tmp_path),
-        cwd=tmp_path,
-        path=site,
-    ).stdout
-    assert "signature: prox:l21" in output
+    train = ["fairseq_cli.train", corpus, "--user-dir", value, *TRAINING, "--save-dir", tmp_path]
+    result = python(["-m", *train], site, tmp_path)
+    assert "signature: prox:l21" in result.stdout + result.stderr, result.stderr[-3000:]
 
 
 @pytest.mark.parametrize("user_dir", ["path", "name"])
-def test_package_imported_before_fairseq_sees_the_user_dir(user_dir, site, corpus, run, tmp_path):
+def test_package_imported_before_fairseq_sees_the_user_dir(user_dir, site, corpus, tmp_path):
     (tmp_path / "early.py").write_text(
         "import fairseq_autosize\nfrom fairseq_cli.train import cli_main\ncli_main()\n"
     )
     value = site / "fairseq_autosize" if user_dir == "path" else "fairseq_autosize"
-    output = run(
-        *("early", corpus, "--user-dir", value, *TRAINING, "--save-dir", tmp_path / "run"),
-        cwd=tmp_path,
-        path=site,
-    ).stdout
-    assert "signature: prox:l21" in output
-
-
-def python(code: str, path: Path, cwd: Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(path), "PYTHONWARNINGS": "ignore"}
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True
-    )
+    train = [corpus, "--user-dir", value, *TRAINING, "--save-dir", tmp_path / "run"]
+    result = python(["early.py", *train], site, tmp_path)
+    assert "signature: prox:l21" in result.stdout + result.stderr, result.stderr[-3000:]
 
 
 @pytest.fixture
@@ -90,12 +86,12 @@ def test_modules_that_need_only_torch_work_without_fairseq(without_fairseq, tmp_
         "proximal_gradient.l21(w, reg=1.0, lr=5.0)\n"
         "print(int((w == 0).all()), 'fairseq' in sys.modules)\n"
     )
-    result = python(code, ROOT, tmp_path)
+    result = python(["-c", code], ROOT, tmp_path)
     assert result.stdout.split() == ["1", "False"], result.stderr
 
 
 def test_tasks_say_what_to_install_without_fairseq(without_fairseq, tmp_path):
-    result = python(without_fairseq + "import fairseq_autosize.tasks\n", ROOT, tmp_path)
+    result = python(["-c", without_fairseq + "import fairseq_autosize.tasks\n"], ROOT, tmp_path)
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: fairseq is not installed; install it with: pip install")

@@ -336,6 +336,7 @@ def test_tensorboard_and_wandb_have_the_counts(corpus, run, tmp_path):
         *("--max-update", "3", "--save-dir", tmp_path, "--tensorboard-logdir", tmp_path / "board"),
         *("--wandb-project", "test"),
         path=tmp_path,
+        first="import wandb; from fairseq.logging import progress_bar; progress_bar.wandb = wandb",
     )
     events = b"".join(file.read_bytes() for file in (tmp_path / "board").rglob("*tfevents*"))
     told = (tmp_path / "told").read_text()
