@@ -187,7 +187,7 @@ def main() -> int:
         shown = {
             name
             for path in DOCS.glob("*.md")
-            for name in re.findall(r"<!-- table (\S+) -->", path.read_text(encoding="utf-8"))
+            for name in re.findall(r"<!-- (?:table|seeds) (\S+)", path.read_text(encoding="utf-8"))
         }
         for name in sorted(shown):
             draw(DOCS / "results" / f"{name}.json")
