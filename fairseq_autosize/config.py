@@ -1,6 +1,7 @@
 """The `--prox*` options: one dataclass block, and its validation into `Settings`."""
 
 import math
+import os
 from argparse import ArgumentParser, BooleanOptionalAction
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -368,6 +369,14 @@ def check_training_mode(cfg: Any) -> None:
             raise ConfigError(
                 f"--prox does not work with {flag}: {instead}, or train with --prox none"
             )
+    launched = os.environ.get("WORLD_SIZE", "1")
+    if world_size == 1 and "TORCHELASTIC_RUN_ID" in os.environ and launched != "1":
+        # fairseq does not look at torchrun's variables then.
+        raise ConfigError(
+            f"--distributed-world-size 1, but torchrun has started {launched} processes: each "
+            "would train alone and write over the others' checkpoints; on GPUs give "
+            f"--distributed-world-size {launched}, on a CPU use scripts/train_distributed.sh"
+        )
     if world_size > 1 and not torch.distributed.is_initialized():
         # As with --distributed-port alone: fairseq then trains one process on a part of the GPUs.
         raise ConfigError(

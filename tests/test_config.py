@@ -156,6 +156,18 @@ def test_modes_that_would_go_wrong_are_refused_with_what_to_use(key, value, mess
     assert "\n" not in str(caught.value)
 
 
+def test_processes_of_torchrun_that_would_train_alone_are_refused(monkeypatch):
+    cfg = OmegaConf.create(asdict(FairseqConfig()))
+    cfg.distributed_training.distributed_world_size = 1  # fairseq's default without GPUs
+    cfg.model = {}
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    check_training_mode(cfg)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="torchrun has started 2 processes: each would train"):
+        check_training_mode(cfg)
+
+
 @pytest.mark.parametrize(
     ("options", "max_update", "freeze"),
     [
