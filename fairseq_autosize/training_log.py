@@ -10,7 +10,9 @@ from pathlib import Path
 # loss=10.4, num_updates=20" within an epoch and "... | train | epoch 001 | loss 9.1 | ..." then.
 _STATS = re.compile(r"\| (train_inner|train|valid\w*) \| (.*)$")
 _PAIR = re.compile(r"(\w+)[= ]([-+0-9.einfa]+)")
-_LAYERS = re.compile(r"alive after update (\d+), layer by layer: (.*)$")
+_LAYERS = re.compile(
+    r"alive after update (\d+), layer by layer: ([\w-]+(?: \d+)+(?:; [\w-]+(?: \d+)+)*)$"
+)
 _NOTED = re.compile(r"\| fairseq_autosize\S* \| (command|signature): (.*)$")
 
 
@@ -41,9 +43,8 @@ class TrainingLog:
                 line = line.rstrip("\n")
                 if found := _STATS.search(line):
                     self._add(found[1], found[2])
-                elif line.startswith(
-                    '{"epoch"'
-                ):  # --log-file has no tags, and each line many times
+                elif line.startswith('{"epoch"'):
+                    # --log-file has no tags, and each line many times.
                     prefix = re.search(r'"(train|valid)_', line)
                     self._add(prefix[1] if prefix else "train_inner", line)
                 elif found := _LAYERS.search(line):

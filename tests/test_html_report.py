@@ -59,6 +59,14 @@ def test_layers_and_notes(tmp_path):
     assert log.notes == {"signature": "prox:l21|seed:1", "command": "fairseq-train DATA --prox l21"}
 
 
+@pytest.mark.parametrize(
+    "end", ["", " ", " encoder-ffn", " encoder-ffn 12;", " encoder-ffn 12; dec"]
+)
+def test_half_a_line_of_layers_is_skipped(end, tmp_path):
+    log = read(tmp_path, f"{JSON}... | alive after update 30, layer by layer:{end}")
+    assert list(log.layers) == [20]
+
+
 def test_a_resumed_training_counts_as_last(tmp_path):
     again = JSON.replace('"8.5"', '"8.4"').replace('"num_updates": "10"', '"num_updates": "15"')
     log = read(tmp_path, JSON, again)
