@@ -36,6 +36,13 @@ setup(
             "tensorboardX",
         ],
         "plot": ["matplotlib"],
+        "experiments": [
+            "hydra-joblib-launcher",
+            "hydra-optuna-sweeper",
+            "hydra-submitit-launcher",
+            "rich",
+            "torch-pruning",
+        ],
         "ctranslate2": ["ctranslate2>=4.8.1"],
     },
     entry_points={"console_scripts": ["fairseq-autosize = fairseq_autosize.cli:main"]},

@@ -23,6 +23,7 @@ from statistics import mean
 import bench_inference
 import benchmark_operators
 import compare_engines
+import grid_results
 from experiment import RUN, by_kind_and_value, table
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -96,10 +97,6 @@ def seeds(paths: list[Path]) -> str:
         for result in summary["results"]:
             found.setdefault(result["run"], []).append(result)
 
-    def cell(values: list[float], digits: int) -> str:
-        single = f" ({' '.join(f'{value:.{digits}f}' for value in values)})"
-        return f"{mean(values):.{digits}f}" + (single if len(values) > 1 else "")
-
     def bleu(results: list[dict]) -> list[float]:
         return [result["scores"]["test"]["BLEU"]["score"] for result in results]
 
@@ -115,8 +112,8 @@ def seeds(paths: list[Path]) -> str:
             {
                 "run": run,
                 "pruned": f"{mean(pruned):.1f} %",
-                "BLEU": cell(bleu(results), 1),
-                "validation loss": cell(losses, 3),
+                "BLEU": grid_results.values(bleu(results), 1),
+                "validation loss": grid_results.values(losses, 3),
                 "seeds": ", ".join(str(result["seed"]) for result in results),
             }
         )
