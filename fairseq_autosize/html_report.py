@@ -1,6 +1,7 @@
 """A page on one or several trainings: what died when, what it cost, and what is left."""
 
 import base64
+import contextlib
 import io
 import json
 import math
@@ -431,7 +432,8 @@ def write_report(
         The files written.
 
     Raises:
-        CheckpointError: a file exists and `force` is not set, or cannot be written.
+        CheckpointError: a file exists and `force` is not set, or cannot be written; then none is.
+        ReportError: two of the files have the same name, or the folder cannot be made.
         ImportError: matplotlib or jinja2 is not installed.
     """
     import jinja2  # comes with torch
@@ -451,16 +453,35 @@ def write_report(
         runs=[_details(run) for run in runs],
         made_by=made_by,
     )
-    written = [Path(output)]
-    with writing(output, force) as file:
+    images = {} if plots is None else _images(drawn, Path(plots), Path(output))
+    # All files are opened before the first one is written, and replaced after the last one was.
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(writing(output, force))
+        if plots is not None:
+            _make_folder(Path(plots))
+        files = [stack.enter_context(writing(path, force)) for path in images]
         file.write(page.encode("utf-8"))
-    if plots is not None:
-        try:
-            Path(plots).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ReportError(f"{plots}: cannot make the folder: {error.strerror}") from error
-        for plot in drawn:
-            written.append(Path(plots) / f"{plot.name}.png")
-            with writing(written[-1], force) as file:
-                plot.figure.savefig(file, format="png", dpi=150)
-    return written
+        for plot, image in zip(images.values(), files, strict=True):
+            plot.figure.savefig(image, format="png", dpi=150)
+    return [Path(output), *images]
+
+
+def _images(drawn: Sequence[_Plot], folder: Path, page: Path) -> dict[Path, _Plot]:
+    """The figures by the PNG files to write, no two of which, nor the page, may be the same."""
+    images: dict[Path, _Plot] = {}
+    for plot in drawn:
+        path = folder / f"{plot.name}.png"
+        if path in images or path.absolute() == page.absolute():
+            raise ReportError(
+                f"{path}: two files to write have this name; name the runs (NAME=RUN) or the page "
+                "otherwise"
+            )
+        images[path] = plot
+    return images
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ReportError(f"{folder}: cannot make the folder: {error.strerror}") from error

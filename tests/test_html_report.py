@@ -118,6 +118,54 @@ def test_nothing_is_overwritten_without_force(folder, tmp_path, capsys):
     assert page.read_text().startswith("<!doctype html>")
 
 
+def files_below(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_one_file_in_the_way_and_none_is_written(folder, tmp_path, capsys):
+    page, plots = tmp_path / "report.html", tmp_path / "plots"
+    command = ["report", str(folder), "--output", str(page), "--plots", str(plots)]
+    page.write_text("mine")
+    assert main(command) == 2
+    assert not plots.exists()
+    page.unlink()
+    plots.mkdir()
+    (plots / "loss.png").write_text("mine")
+    before = files_below(tmp_path)
+    assert main(command) == 2
+    assert "loss.png: exists already" in capsys.readouterr().err
+    assert files_below(tmp_path) == before  # no partial files either
+    assert main([*command, "--force"]) == 0
+    assert page.exists() and (plots / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_write_that_fails_leaves_the_old_files(folder, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    page, plots = tmp_path / "report.html", tmp_path / "plots"
+    command = ["report", str(folder), "--output", str(page), "--plots", str(plots), "--force"]
+    assert main(command) == 0
+    before = files_below(tmp_path)
+    save = Figure.savefig
+
+    def full(figure, file, format, **options):
+        if format == "png":
+            raise OSError(28, "No space left on device")
+        save(figure, file, format=format, **options)
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    assert main([*command, "--title", "another"]) == 2
+    assert files_below(tmp_path) == before
+
+
+def test_runs_whose_figures_would_have_one_name(folder, tmp_path, capsys):
+    runs = [f"a/b={folder}", f"a b={folder}"]
+    page, plots = tmp_path / "report.html", tmp_path / "plots"
+    assert main(["report", *runs, "--output", str(page), "--plots", str(plots)]) == 2
+    assert "layers-a-b.png: two files to write have this name" in capsys.readouterr().err
+    assert not page.exists() and not plots.exists()
+
+
 def test_a_running_training_has_a_report(folder, tmp_path, capsys):
     (folder / "checkpoint_last.pt").unlink()
     (folder / "test.out").unlink()

@@ -57,6 +57,7 @@ class AutosizeMixin(FairseqTask):
     _meters: tuple[str, ...] = ()
     _counts: tuple[int, dict[str, float]] | None = None  # (update, what was counted then)
     _alive: Mapping[str, list[int]] = MappingProxyType({})  # by kind, as last logged
+    _averaged: tuple[nn.Module, Mapping[str, Block]] | None = None  # the moving average's blocks
     _update_num: int = 0
     _nothing_left: bool = False  # as compaction leaves a model in which all are dead
 
@@ -185,9 +186,12 @@ class AutosizeMixin(FairseqTask):
 
     @torch.no_grad()
     def _zero(self, model: nn.Module, held: Mapping[str, torch.Tensor]) -> None:
-        own = {block.name: block for block in blocks_in_model(model, self.settings.groups)}
+        if self._averaged is None or self._averaged[0] is not model:
+            # Kept, since to walk all modules takes longer than to write the zeros.
+            blocks = blocks_in_model(model, self.settings.groups)
+            self._averaged = model, {block.name: block for block in blocks}
         for name, dead in held.items():
-            groups = own[name].groups(self.settings.bias, self.settings.couple)
+            groups = self._averaged[1][name].groups(self.settings.bias, self.settings.couple)
             for part in (*groups.members, *groups.followers):
                 part.grouped(part.parameter, groups.count).index_fill_(0, dead, 0)
 
