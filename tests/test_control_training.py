@@ -146,6 +146,38 @@ def test_multilingual_task_trains_resumes_compacts_and_translates(corpus, run, t
     assert found[0] == found[1] and len(found[0]) == 43
 
 
+@pytest.mark.parametrize(
+    ("sharing", "total"),
+    [
+        ([], 192),
+        (["--share-encoders"], 144),
+        # Half precision, in whose checkpoints shared layers are copies.
+        (["--share-encoders", "--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", "1"], 144),
+        (["--share-encoders", "--share-decoders"], 96),
+    ],
+    ids=["separate", "encoder", "encoder-half", "all"],
+)
+def test_models_of_several_pairs_train_resume_count_and_translate(
+    sharing, total, corpus, run, tmp_path
+):
+    languages = ["--task", "multilingual_translation", "--lang-pairs", "xx-yy,yy-xx"]
+    train = [*TRAIN, corpus, *languages, "--arch", "multilingual_transformer", *sharing]
+    train += ["--prox", "l21", "--prox-target-sparsity", "0.5", "--prox-freeze-update", "18"]
+    whole = run(*train, "--max-update", "30", "--save-dir", tmp_path / "whole").stdout
+    for end in (11, 30):
+        run(*train, "--max-update", end, "--save-dir", tmp_path / "halves")
+    last = [tmp_path / folder / "checkpoint_last.pt" for folder in ("whole", "halves")]
+    assert_same_checkpoints(*last)
+    count = count_neurons(read_checkpoint(last[0]))
+    assert count["ffn_neurons"] == {"total": total, "alive": total // 2, "pruned": total // 2}
+    assert f"num. shared model params: {count['parameters']['total']:,} " in whole
+
+    generate = ["fairseq_cli.generate", corpus, *AUTOSIZE, *languages, "-s", "yy", "-t", "xx"]
+    generate += ["--cpu", "--max-tokens", "400", "--max-len-b", "10", "--path", last[0]]
+    output = run(*generate, "--required-batch-size-multiple", "1").stdout
+    assert len(re.findall("^H-", output, re.M)) == 43
+
+
 def test_multilingual_task_refuses_what_translation_does(corpus, tmp_path):
     options = ["--task", "translation_multi_simple_epoch", "--lang-pairs", "xx-yy,yy-xx"]
     options += ["--prox", "l21", "--langs", "xx,yy", "--max-update", "1", "--save-dir", tmp_path]
