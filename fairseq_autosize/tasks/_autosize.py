@@ -63,6 +63,9 @@ class AutosizeMixin(FairseqTask):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.cfg is None:  # a legacy task's settings, maybe out of stock fairseq's checkpoint
+            for name in _OPTIONS:
+                setattr(self.args, name, getattr(self.args, name, getattr(AutosizeConfig, name)))
         self.settings = Settings.from_config(self._task_config)
 
     @property
