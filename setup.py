@@ -40,6 +40,7 @@ setup(
             "hydra-joblib-launcher",
             "hydra-optuna-sweeper",
             "hydra-submitit-launcher",
+            "portalocker",
             "rich",
             "torch-pruning",
         ],

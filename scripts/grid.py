@@ -27,6 +27,7 @@ from typing import Any
 
 import hydra
 import pipeline
+import portalocker
 from benchmark_operators import cpu_name
 from grid_results import collect, sentence_groups, table
 from hydra.core.hydra_config import HydraConfig
@@ -133,9 +134,11 @@ class Run:
             "neurons": count_neurons(read_checkpoint(self.folder / "checkpoint_selected.pt")),
             "history": pipeline.history(self.folder / "train.log"),
             "scores": {},
+            "tokens_per_second": {},
         }
         for subset, split in {"valid": "valid", **self.record["gen_subsets"]}.items():
-            result["scores"][split] = self._translate(subset, split)
+            result["scores"][split], speed = self._translate(subset, split)
+            result["tokens_per_second"][split] = speed
         write_json(result_file, result)
         if self.settings["keep"] == "selected":
             for path in self.folder.glob("checkpoint*.pt"):
@@ -238,7 +241,8 @@ class Run:
         shrinks = self.settings["train"].get("prox", "none") != "none"
         return self.settings["train"]["max-update"] if shrinks else 0
 
-    def _translate(self, subset: str, split: str) -> dict[str, Any]:
+    def _translate(self, subset: str, split: str) -> tuple[dict[str, Any], float | None]:
+        """Scores of a data set, and tokens per second."""
         log, text = self.folder / f"{split}.out", self.folder / f"{split}.txt"
         command = [sys.executable, "-m", "fairseq_cli.generate", *self._corpus()]
         command += ["--path", str(self.folder / "checkpoint_selected.pt"), "--gen-subset", subset]
@@ -248,6 +252,7 @@ class Run:
         references = pipeline.lines_of(self.data / "raw" / f"{split}.{target}")
         translations = pipeline.hypotheses(log, len(references))
         text.write_text("".join(f"{line}\n" for line in translations), encoding="utf-8")
+        speed = pipeline.tokens_per_second(log)
         log.unlink()
         found = pipeline.scores(translations, references)
         training = pipeline.lines_of(self.data / "raw" / f"train.{target}")
@@ -255,7 +260,7 @@ class Run:
             if lines:
                 part = [[texts[line] for line in lines] for texts in (translations, references)]
                 found[name] = {"lines": len(lines)} | pipeline.scores(*part)["BLEU"]
-        return found
+        return found, speed
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -269,9 +274,13 @@ def job(config: DictConfig) -> float:
     """One run of the grid; returns its validation loss, for a search (infinity if it failed)."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     failed = folder / "failed.json"
-    failed.unlink(missing_ok=True)
     try:
-        return Run(settings_of(config), folder).perform()["valid_loss"]
+        with portalocker.Lock(folder / "lock", fail_when_locked=True):
+            failed.unlink(missing_ok=True)
+            return Run(settings_of(config), folder).perform()["valid_loss"]
+    except portalocker.AlreadyLocked:
+        logger.warning("another process is at it; left alone")
+        return math.inf
     except Exception as error:  # one run's failure must not take the others with it
         known = isinstance(error, RunError | OSError)
         logger.error("failed: %s", error, exc_info=not known)
