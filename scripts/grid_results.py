@@ -91,16 +91,8 @@ def table(summary: Mapping[str, Any]) -> str:
 
     BLEU of several seeds is their mean, with the single values behind it.
     """
-    results = summary["results"]
-    keys = Counter((result["data"], result["run"], result["seed"]) for result in results)
-    runs: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for result in results:
-        # The trials of a search have the same names; only their folders tell them apart.
-        alone = keys[result["data"], result["run"], result["seed"]] == 1
-        name = result["run"] if alone else result["folder"]
-        runs.setdefault((result["data"], name), []).append(result)
     rows = []
-    for (data, run), results in sorted(runs.items(), key=lambda item: _order(item[1])):
+    for (data, run), results in _by_run(summary["results"]):
         neurons = [result["neurons"]["ffn_neurons"] for result in results]
         pruned = [100 * n["pruned"] / n["total"] if n["total"] else 0.0 for n in neurons]
         left = [result["neurons"]["parameters"]["compact"] for result in results]
@@ -120,6 +112,34 @@ def table(summary: Mapping[str, Any]) -> str:
                 row[f"test against {found['baseline']}"] = difference
         rows.append(row)
     return benchmark_operators.table(rows)
+
+
+def parts_table(summary: Mapping[str, Any]) -> str:
+    """Markdown: BLEU on the test sentences with rare words, on long ones, and how many they are."""
+    rows = []
+    for (data, run), results in _by_run(summary["results"]):
+        row = {"data": data, "run": run}
+        for name in ("rare", "long"):
+            parts = [result["scores"]["test"].get(name) for result in results]
+            if all(parts):
+                column = f"BLEU, {parts[0]['lines']} {name} sentences"
+                row[column] = values([part["score"] for part in parts], 1)
+        rows.append(row)
+    return benchmark_operators.table(rows)
+
+
+def _by_run(
+    results: Sequence[Mapping[str, Any]],
+) -> list[tuple[tuple[str, str], list[Mapping[str, Any]]]]:
+    """(data, name) with the results of all seeds; by data, then the best validation BLEU first."""
+    keys = Counter((result["data"], result["run"], result["seed"]) for result in results)
+    runs: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for result in results:
+        # The trials of a search have the same names; only their folders tell them apart.
+        alone = keys[result["data"], result["run"], result["seed"]] == 1
+        name = result["run"] if alone else result["folder"]
+        runs.setdefault((result["data"], name), []).append(result)
+    return sorted(runs.items(), key=lambda item: _order(item[1]))
 
 
 def _order(results: Sequence[Mapping[str, Any]]) -> tuple[str, float]:
