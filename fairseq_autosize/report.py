@@ -87,6 +87,8 @@ def signature(settings: Mapping[str, Any]) -> str:
         targets = {name: share for name, share in targets.items() if share is not None}
         if targets:
             fields |= targets
+            if settings.get("prox_target_scope", "model") != "model":
+                fields["scope"] = settings["prox_target_scope"]
         else:
             strength = settings.get("prox_strength")
             fields["strength"] = "default" if strength is None else strength
