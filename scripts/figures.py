@@ -49,17 +49,20 @@ def alive_over_updates(results: Mapping[str, Result], title: str, path: Path) ->
 def alive_by_layer(results: Mapping[str, Result], title: str, path: Path) -> None:
     """Neurons that are left against depth, encoder and decoder side by side."""
     figure, both = pyplot.subplots(1, 2, figsize=(6.4, 3.2), sharey=True, layout="constrained")
+    sized = {
+        run: result
+        for run, result in results.items()
+        if any(layer["pruned"] for layer in result["neurons"]["layers"])
+    }
     for axes, side in zip(both, ("encoder", "decoder"), strict=True):
-        for number, (run, result) in enumerate(results.items()):
-            layers = [
-                layer for layer in result["neurons"]["layers"] if layer["name"].startswith(side)
-            ]
-            alive = [layer["alive"] for layer in layers]
-            if sum(alive) < sum(layer["total"] for layer in layers):
-                depth = range(1, len(alive) + 1)
-                axes.plot(depth, alive, "o-", label=run, color=COLOURS[number % 20])
-        axes.set(title=side, xlabel="layer", xticks=range(1, len(alive) + 1), ylim=(0, None))
+        for number, (run, result) in enumerate(sized.items()):
+            layers = result["neurons"]["layers"]
+            alive = [layer["alive"] for layer in layers if layer["name"].startswith(side)]
+            depth = range(1, len(alive) + 1)
+            axes.plot(depth, alive, "o-", label=run, color=COLOURS[number % 20])
+            axes.set(title=side, xlabel="layer", xticks=depth)
         axes.grid(alpha=0.3)
+    both[0].set_ylim(0, None)  # shared, so only once all is drawn
     both[0].set_ylabel("neurons alive")
     figure.suptitle(title)
     handles, labels = both[0].get_legend_handles_labels()
@@ -84,3 +87,24 @@ def size_against_bleu(
         colour = COLOURS[number % 20]
         axes.errorbar(millions, middle, spread, fmt=marker, color=colour, label=run, capsize=3)
     save(path, axes, title, "parameters left, millions", f"BLEU ({split})", xlim=(0, None))
+
+
+def bleu_against_strength(
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    levels: Mapping[str, float],
+    split: str,
+    title: str,
+    path: Path,
+) -> None:
+    """BLEU against λ, a line an operator; models without a prox as horizontal lines.
+
+    Args:
+        points: operator -> (λ as a multiple of the operator's default, BLEU).
+        levels: name -> BLEU.
+    """
+    axes = canvas()
+    for operator, line in points.items():
+        axes.plot(*zip(*sorted(line), strict=True), "o-", label=operator)
+    for number, (name, score) in enumerate(levels.items()):
+        axes.axhline(score, color=str(0.3 + 0.2 * number), linestyle=":", label=name)
+    save(path, axes, title, "λ, in units of the operator's default", f"BLEU ({split})")

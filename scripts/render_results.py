@@ -30,6 +30,8 @@ import compare_engines
 import grid_results
 from experiment import RUN, by_kind_and_value, table
 
+from fairseq_autosize.strength import default_strength
+
 DOCS = Path(__file__).parent.parent / "docs"
 
 
@@ -201,6 +203,32 @@ def draw_grid(summary: Mapping[str, Any], path: Path) -> None:
         figures.size_against_bleu(groups, "test", data, path.with_name(f"{stem}-size.png"))
 
 
+def draw_gallery(name: str) -> None:
+    """The figures of docs/gallery.md: those of the paper that one experiment can redraw."""
+    import figures
+
+    path = DOCS / "results" / f"{name}.json"
+    results = json.loads(path.read_text(encoding="utf-8"))["results"]
+    results = {result["run"]: result for result in sorted(results, key=by_kind_and_value)}
+    bleu = {run: result["scores"]["test"]["BLEU"]["score"] for run, result in results.items()}
+    points: dict[str, list[tuple[float, float]]] = {}
+    for run, score in bleu.items():
+        match = RUN.fullmatch(run)
+        if match["sign"] == ":" and not match["options"]:
+            options = results[run]["options"]
+            row = int(options[options.index("--encoder-embed-dim") + 1]) + 1  # and the bias
+            unit = default_strength(match["operator"], row)
+            points.setdefault(match["operator"], []).append((float(match["number"]) / unit, score))
+    levels = {run: score for run, score in bleu.items() if run in ("dense", "dense:0")}
+    groups = {run: [result] for run, result in results.items()}
+    layers, strength, size = (
+        path.with_name(f"gallery-{figure}.png") for figure in ("layers", "strength", "size")
+    )
+    figures.alive_by_layer(results, name, layers)
+    figures.bleu_against_strength(points, levels, "test", name, strength)
+    figures.size_against_bleu(groups, "test", name, size)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -227,6 +255,7 @@ def main() -> int:
         }
         for name in sorted(shown):
             draw(DOCS / "results" / f"{name}.json")
+        draw_gallery("multi30k-de-en")
     return int(stale)
 
 
