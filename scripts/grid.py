@@ -381,5 +381,8 @@ if __name__ == "__main__":
         sys.exit(0 if len(sys.argv) > 1 else 2)
     for noisy in ("hydra", "sacrebleu", "git"):  # fairseq has opened the root logger wide
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # Jobs of submitit are new processes that look for this folder's modules.
+    paths = [str(GRIDS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     sys.argv[1:] = hydra_arguments(sys.argv[1:])
     job()
