@@ -65,7 +65,7 @@ def average(checkpoints: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], l
             for state in states:
                 total += state[name]
             made[place(tensor)] = mean[name] = (total / len(states)).to(tensor.dtype)
-    extra = without_masters(checkpoints[-1].get("extra_state"))
+    extra = without_masters(checkpoints[-1])
     if isinstance(extra, dict):
         extra = {key: value for key, value in extra.items() if not str(key).startswith("ema")}
     result = {**checkpoints[-1], "model": mean, "last_optimizer_state": None, "extra_state": extra}

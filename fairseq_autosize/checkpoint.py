@@ -270,16 +270,31 @@ def with_settings(
     return {**checkpoint, "cfg": sections}
 
 
-def without_masters(extra_state: Any) -> Any:
+def task_entry(checkpoint: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+    """What the task has saved in the extra state.
+
+    Args:
+        checkpoint: what `read_checkpoint` returned.
+
+    Returns:
+        The key, which is the name of the task's class, and the entry; None and an empty one where
+        a task of this package has saved nothing.
+    """
+    extra_state = checkpoint.get("extra_state")
+    if isinstance(extra_state, dict):
+        for key, value in extra_state.items():
+            if isinstance(value, dict) and any(str(name).startswith("prox_") for name in value):
+                return key, value
+    return None, {}
+
+
+def without_masters(checkpoint: Mapping[str, Any]) -> Any:
     """A checkpoint's extra state without fp32 masters, which fit its own parameters only."""
-    if not isinstance(extra_state, dict):
-        return extra_state
-    return {
-        key: {name: kept for name, kept in value.items() if name != "prox_precision"}
-        if isinstance(value, dict) and "prox_precision" in value
-        else value
-        for key, value in extra_state.items()
-    }
+    key, entry = task_entry(checkpoint)
+    if "prox_precision" not in entry:
+        return checkpoint.get("extra_state")
+    kept = {name: value for name, value in entry.items() if name != "prox_precision"}
+    return {**checkpoint["extra_state"], key: kept}
 
 
 def place(tensor: Tensor) -> tuple:

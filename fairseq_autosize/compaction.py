@@ -27,6 +27,7 @@ from .checkpoint import (
     parameter_names,
     place,
     printable,
+    task_entry,
     with_settings,
     without_masters,
 )
@@ -203,7 +204,7 @@ def compact(
         "last_optimizer_state": _cut_optimizer(checkpoint, parameters) if keep_optimizer else None,
         "extra_state": _cut_masters(checkpoint, parameters, biases)
         if keep_optimizer
-        else without_masters(checkpoint.get("extra_state")),
+        else without_masters(checkpoint),
     }
     ema_rows = _cut_ema(result, state, parameters)
     changes = tuple(layer.change for layer in planned_layers)
@@ -488,9 +489,10 @@ def _cut_masters(
 
     Masters are one tensor for each parameter, or a flat one over all of them.
     """
-    extra_state, model = checkpoint.get("extra_state"), checkpoint["model"]
-    if not isinstance(extra_state, dict):
-        return extra_state
+    key, entry = task_entry(checkpoint)
+    precision, model = entry.get("prox_precision"), checkpoint["model"]
+    if not isinstance(precision, dict) or "masters" not in precision:
+        return checkpoint.get("extra_state")
     names = parameter_names(model)
 
     def cut(saved: object) -> list[Tensor]:
@@ -515,13 +517,8 @@ def _cut_masters(
         ]
         return [torch.cat([master.flatten() for master in new])] if flat else new
 
-    result = dict(extra_state)
-    for key, value in extra_state.items():
-        precision = value.get("prox_precision") if isinstance(value, dict) else None
-        if isinstance(precision, dict) and "masters" in precision:
-            masters = cut(precision["masters"])
-            result[key] = {**value, "prox_precision": {**precision, "masters": masters}}
-    return result
+    precision = {**precision, "masters": cut(precision["masters"])}
+    return {**checkpoint["extra_state"], key: {**entry, "prox_precision": precision}}
 
 
 def _cut_ema(

@@ -730,8 +730,10 @@ def prox_l21_diagonal(
         return _split(w, weight, bias)
     e = t.unsqueeze(1) / d
     dual = torch.linalg.vector_norm(d * w, dim=1)
-    # Below s: as if d were the largest everywhere. Above: t = 0.
-    size = _sizes_in_metric(w, e, (dual - t) / d.amax(1), torch.linalg.vector_norm(w, dim=1))
+    # Below s: as if d were the largest everywhere, but not below 0, where rows that become zero
+    # would go on moving until the last turn. Above: t = 0.
+    lower = ((dual - t) / d.amax(1)).clamp_min_(0)
+    size = _sizes_in_metric(w, e, lower, torch.linalg.vector_norm(w, dim=1))
     size = torch.where(dual <= t, 0.0, size)
     scale = size.unsqueeze(1) / e.add_(size.unsqueeze(1))
     for value, limit in ((0.0, 0.0), (math.inf, 1.0)):  # 0/0 and inf/inf

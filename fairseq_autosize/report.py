@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from . import __version__
-from .checkpoint import config_section, head_widths, parameter_names, printable
+from .checkpoint import config_section, head_widths, parameter_names, printable, task_entry
 from .compat import fairseq_version
 from .groups import Block, attention_in_state, feed_forward_in_state
 
@@ -87,6 +87,8 @@ def signature(settings: Mapping[str, Any]) -> str:
         targets = {name: share for name, share in targets.items() if share is not None}
         if targets:
             fields |= targets
+            if settings.get("prox_target_scope", "model") != "model":
+                fields["scope"] = settings["prox_target_scope"]
         else:
             strength = settings.get("prox_strength")
             fields["strength"] = "default" if strength is None else strength
@@ -172,7 +174,7 @@ def _settings(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         "seed": config_section(checkpoint, "common").get("seed"),
         "updates": last.get("num_updates") if isinstance(last, dict) else None,
     }
-    recorded = _recorded(checkpoint)
+    _, recorded = task_entry(checkpoint)  # such as what a default resolved to
     if settings["prox_strength"] is None:
         settings["prox_strength"] = recorded.get("prox_strength")
     if "prox_frozen_at" in recorded:
@@ -180,16 +182,6 @@ def _settings(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value for key, value in settings.items() if isinstance(value, str | int | float | bool)
     }
-
-
-def _recorded(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the task has saved under its class' name, such as what a default resolved to."""
-    extra_state = checkpoint.get("extra_state")
-    if isinstance(extra_state, dict):
-        for value in extra_state.values():
-            if isinstance(value, dict) and any(str(key).startswith("prox_") for key in value):
-                return value
-    return {}
 
 
 def _row(name: str, tally: Mapping[str, int]) -> tuple[str, ...]:

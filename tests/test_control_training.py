@@ -57,6 +57,22 @@ def test_target_is_met_and_interrupted_training_equals_uninterrupted(corpus, run
     assert "|sparsity:0.6|" in count_neurons(read_checkpoint(checkpoint))["signature"]
 
 
+@pytest.mark.parametrize(
+    ("target", "left"), [("--prox-target-sparsity=0.25", 18), ("--prox-target-parameters=0.1", 15)]
+)
+def test_target_of_every_layer_leaves_a_uniform_model(target, left, corpus, run, tmp_path):
+    options = ("--prox", "l21", target, "--prox-target-scope", "layer", "--max-update", "20")
+    output = run(*TRAIN, corpus, *options, "--save-dir", tmp_path).stdout
+    told = " ".join([str(24 - left)] * 4)
+    assert f"{told} of them dead, layer by layer, after 12 updates" in output
+    checkpoint = read_checkpoint(tmp_path / "checkpoint_last.pt")
+    count = count_neurons(checkpoint)
+    assert [layer["alive"] for layer in count["layers"]] == [left] * 4
+    assert "|scope:layer|" in count["signature"]
+    model = compact(checkpoint, uniform=True).checkpoint["cfg"]["model"]
+    assert (model.arch, model.encoder_ffn_embed_dim) == ("transformer", left)
+
+
 def test_target_in_parameters_with_everything_on(corpus, run, tmp_path):
     """Half precision, gelu, coupled groups, Adam's metric; the default freeze, which stays."""
     train = (*TRAIN, corpus, "--prox", "l21", "--prox-target-parameters", "0.15", "--fp16")

@@ -154,3 +154,17 @@ def test_a_row_at_its_dual_norm_is_exactly_zero(name):
     operator = OPERATORS[name][0]
     assert operator(weight, metric, t).eq(0).all()
     assert operator(weight, metric, t * (1 - 1e-6)).ne(0).all()
+
+
+def test_rows_that_become_zero_end_as_soon_as_the_others(monkeypatch):
+    """On a way below 0 they would take all turns that are allowed, and the others with them."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.rand(64, 65, generator=generator) + 0.5
+    weight[::2] *= torch.logspace(-6, -10, 32)[:, None]
+    metric = 10 ** (2 * torch.rand(64, 65, generator=generator) - 1)
+    turns = []
+    vecdot = torch.linalg.vecdot
+    monkeypatch.setattr(torch.linalg, "vecdot", lambda *x: turns.append(x) or vecdot(*x))
+    result = prox.prox_l21_diagonal(weight, metric, 0.1)
+    assert result[::2].eq(0).all() and result[1::2].ne(0).all()
+    assert len(turns) < 2 * 10  # two a turn
