@@ -21,7 +21,14 @@ from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY, FairseqTask, r
 from hydra.core.config_store import ConfigStore
 from torch import nn
 
-from ..config import AutosizeConfig, ConfigError, Settings, add_bias_flags, check_training_mode
+from ..config import (
+    AutosizeConfig,
+    ConfigError,
+    Settings,
+    add_bias_flags,
+    check_training_mode,
+    tell_errors_in_one_line,
+)
 from ..groups import Block, FeedForward, blocks_in_model, has_slope_at_zero
 from ..masters import precision_state, restore_precision
 from ..prox import OPERATORS
@@ -62,6 +69,7 @@ class AutosizeMixin(FairseqTask):
     _nothing_left: bool = False  # as compaction leaves a model in which all are dead
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        tell_errors_in_one_line()
         super().__init__(*args, **kwargs)
         self.settings = Settings.from_config(self._task_config)
 
