@@ -51,6 +51,9 @@ def _program(
     try:
         exec(first, {})
         runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # as Python does; multiprocessing would not ask the hook
+        sys.exit(1)
     finally:
         atexit._run_exitfuncs()
 

@@ -1,7 +1,11 @@
 """Several processes on the CPU: every rank has the same model, that of one process."""
 
+import os
 import shutil
 import socket
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,9 +16,9 @@ from programs import run_program
 from step_checker import TESTS, checked
 from test_docs import shell
 from test_training import AUTOSIZE, assert_same_checkpoints, count_dead
-from test_training_modes import read
+from test_training_modes import FLAT, FP16, read
 
-from fairseq_autosize.checkpoint import read_checkpoint
+from fairseq_autosize.checkpoint import parameter_names, read_checkpoint, task_entry
 
 pytestmark = pytest.mark.heavy
 
@@ -24,7 +28,7 @@ TRAIN = ("fairseq_cli.train", *AUTOSIZE, *TINY_MODEL, *TINY_TRAINING, "--dropout
 TRAIN += ("--adam-eps", "1e-3", "--prox", "l21")
 
 
-def train(ranks: int, folder: Path, *arguments: object) -> list[dict]:
+def train(ranks: int, folder: Path, *arguments: object, first: str = "") -> list[dict]:
     """Train with `ranks` processes that check their updates; what each has noted."""
     with socket.socket() as free:
         free.bind(("", 0))
@@ -38,7 +42,7 @@ def train(ranks: int, folder: Path, *arguments: object) -> list[dict]:
         return run_program(
             *(*TRAIN, *arguments, *joined, "--save-dir", folder),
             path=TESTS,
-            first=checked(folder / f"rank{rank}"),
+            first=first + checked(folder / f"rank{rank}"),
         )
 
     folder.mkdir(exist_ok=True)
@@ -88,6 +92,23 @@ def test_interrupted_ranks_go_on_together_or_alone(corpus, tmp_path):
     assert_close(tmp_path / "whole", tmp_path / "alone")
 
 
+@pytest.mark.parametrize("masters", ["flat", "one by one"])
+def test_half_precision_ranks_agree(masters, corpus, tmp_path):
+    """Each rank's model is its masters rounded, in every update; so the checkpoint is, too."""
+    half = FP16.split() + ([] if masters == "flat" else ["--fp16-no-flatten-grads"])
+    common = (corpus, "--prox-strength", "6", "--max-update", "40", *half)
+    first, second = train(2, tmp_path, *common, first=FLAT)
+    assert first["updates"] == second["updates"] == 40 and first["skipped"] == 0
+    assert first["hash"] == second["hash"], "the ranks have different masters"
+    dead, total = count_dead(tmp_path / "checkpoint_last.pt")
+    assert 0 < dead < total and dead == first["dead"][-1] == second["dead"][-1]
+    checkpoint = read_checkpoint(tmp_path / "checkpoint_last.pt")
+    saved = task_entry(checkpoint)[1]["prox_precision"]["masters"]
+    state = checkpoint["model"]
+    model = torch.cat([state[name].flatten() for name in parameter_names(state)])
+    assert torch.equal(torch.cat([x.flatten() for x in saved]).half().float(), model)
+
+
 def test_processes_that_do_not_meet_are_refused(corpus, tmp_path):
     """fairseq would train one process, with its part of the data."""
     alone = ("--distributed-world-size", "2", "--distributed-port", "9218", "--max-update", "1")
@@ -105,3 +126,38 @@ def test_script_trains_on_the_cpu(corpus, tmp_path):
     )
     assert "training on 2 devices" in (tmp_path / "log").read_text()
     assert (tmp_path / "checkpoint_last.pt").is_file()
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_script_ends_when_one_process_fails(corpus, tmp_path):
+    """The other one would wait half an hour for it."""
+    real = Path(sys.executable).with_name("fairseq-train")
+    (tmp_path / "fairseq-train").write_text(
+        "#!/usr/bin/env bash\n"
+        "case $* in *'--distributed-rank 1 '*) sleep 5; exit 3 ;; esac\n"
+        f'echo $$ > {tmp_path}/pid\nexec {real} "$@"\n'
+    )
+    (tmp_path / "fairseq-train").chmod(0o755)
+    script = ["bash", ROOT / "scripts" / "train_distributed.sh", "--processes", "2"]
+    command = [*script, corpus, *TRAIN[1:], "--save-dir", tmp_path / "saved"]
+    path = os.pathsep.join([str(tmp_path), str(real.parent), os.environ["PATH"]])
+    result = subprocess.run(
+        list(map(str, command)),
+        env=os.environ | {"PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 1
+    assert result.stderr.endswith("train_distributed.sh: error: one of 2 processes failed\n")
+    waiting = int((tmp_path / "pid").read_text())
+    end = time.monotonic() + 30
+    while is_running(waiting) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not is_running(waiting)

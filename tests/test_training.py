@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY_MODEL, TINY_TRAINING, USER_DIR, Runner, plain_fairseq
-from programs import run_program
 
 from fairseq_autosize.checkpoint import read_checkpoint
 from fairseq_autosize.groups import FeedForward, dead_neurons, feed_forward_in_state
@@ -282,27 +281,6 @@ def test_fp16_checkpoint_has_exact_zeros(corpus, run, tmp_path):
     assert torch.equal(weight, weight.half().float())  # fairseq saves half precision as float32
     dead, total = count_dead(checkpoint)
     assert 0 < dead < total
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--prox", "l3"], "invalid choice: 'l3'"),
-        (["--prox", "l21", "--prox-strength", "-1"], "--prox-strength -1.0: must be a finite"),
-        (["--prox", "l21", "--prox-groups", "heads"], "--prox-groups heads: 'heads' is not one"),
-        (
-            ["--prox", "l21", "--memory-efficient-fp16"],
-            "--prox does not work with --memory-efficient-fp16: it keeps no fp32 copy",
-        ),
-        (["--prox", "l21", "--bf16"], "--prox does not work with --bf16 on fairseq-train's"),
-    ],
-)
-def test_bad_options_end_the_start(options, message, corpus, tmp_path):
-    train = ["fairseq_cli.train", corpus, *AUTOSIZE, *TINY_MODEL, *TINY_TRAINING]
-    result = run_program(*train, *options, "--max-update", "1", "--save-dir", tmp_path)
-    assert result.returncode != 0
-    assert message in result.stdout.strip().splitlines()[-1]
-    assert not list(tmp_path.glob("*.pt"))
 
 
 def test_translation_programs_read_the_checkpoint(corpus, run, tmp_path):

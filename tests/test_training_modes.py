@@ -8,7 +8,9 @@ import pytest
 from conftest import TINY_MODEL, TINY_TRAINING, USER_DIR, Runner
 from programs import run_program
 from step_checker import TESTS, checked
-from test_training import AUTOSIZE, NO_CUDA, PRUNING, count_dead
+from test_training import AUTOSIZE, NO_CUDA, PRUNING, assert_same_checkpoints, count_dead
+
+from fairseq_autosize.checkpoint import read_checkpoint, task_entry
 
 pytestmark = pytest.mark.heavy
 
@@ -164,6 +166,26 @@ def test_every_update_after_a_restart(
         first=checked(tmp_path / "noted"),
     )
     assert_noted(tmp_path, updates)
+
+
+def test_interrupted_amp_equals_uninterrupted(corpus, run, tmp_path):
+    """From a scale that overflows, with a growth of it that an interruption must not delay.
+
+    Without retries: fairseq does not save how many of them an earlier batch has used up.
+    """
+    train = (*TRAIN, corpus, "--amp", "--lr-scheduler", "fixed", "--warmup-updates", "0")
+    train += ("--prox-strength", "3", "--amp-batch-retries", "0")
+    growing = {"first": CPU_AMP.replace("1e38)", "1e38, growth_interval=7)")}
+    run(*train, "--save-dir", tmp_path / "whole", **growing)
+    for stop in (1, 12, 26, 40):
+        run(*train, "--save-dir", tmp_path / "parts", "--max-update", stop, **growing)
+    whole, parts = (tmp_path / name / "checkpoint_last.pt" for name in ("whole", "parts"))
+    assert_same_checkpoints(whole, parts)
+    dead, total = count_dead(whole)
+    assert 0 < dead < total
+    _, entry = task_entry(read_checkpoint(parts))
+    scaler = entry["prox_precision"]["scaler"]
+    assert 0 < scaler["scale"] < 1e38 and 0 < scaler["_growth_tracker"] < 7
 
 
 # What a user might write: the prox on the model's own, half-precision parameters.

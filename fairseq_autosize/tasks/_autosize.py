@@ -22,7 +22,14 @@ from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY, FairseqTask, r
 from hydra.core.config_store import ConfigStore
 from torch import nn
 
-from ..config import AutosizeConfig, ConfigError, Settings, add_bias_flags, check_training_mode
+from ..config import (
+    AutosizeConfig,
+    ConfigError,
+    Settings,
+    add_bias_flags,
+    check_training_mode,
+    tell_errors_in_one_line,
+)
 from ..groups import Block, FeedForward, blocks_in_model, has_slope_at_zero
 from ..masters import precision_state, restore_precision
 from ..prox import OPERATORS
@@ -63,6 +70,7 @@ class AutosizeMixin(FairseqTask):
     _nothing_left: bool = False  # as compaction leaves a model in which all are dead
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        tell_errors_in_one_line()
         super().__init__(*args, **kwargs)
         if self.cfg is None:  # a legacy task's settings, maybe out of stock fairseq's checkpoint
             for name in _OPTIONS:
