@@ -58,6 +58,9 @@ _NUMBERS = frozenset(
 # Buffers that fairseq's Transformers keep in their state dict beside the parameters.
 _BUFFERS = ("version", "_float_tensor", "embed_positions.weights")
 
+# How the name of a parameter of an encoder or a decoder begins.
+_STACK = re.compile(r"(.*\.)?(en|de)coder(?=\.)")
+
 _END_OF_ZIP = b"PK\x05\x06"
 _END_OF_ZIP_SIZE = 22
 _TORCH_LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first pickle of torch < 1.6
@@ -304,8 +307,8 @@ def parameter_names(state: Mapping[str, Tensor]) -> list[str]:
 
     Tied parameters appear under each of their names, and are listed under the first. They share
     storage, except where fairseq copied them one by one while saving (from a GPU, or from half
-    precision): so matrices with equal contents count once, too. Matrices of zeros are no sign of
-    a tie.
+    precision): so matrices with equal contents count once, too, and so do the vectors of an encoder
+    or decoder all of whose matrices are tied. Matrices of zeros are no sign of a tie.
     """
     names = []
     seen: set[tuple] = set()
@@ -324,7 +327,14 @@ def parameter_names(state: Mapping[str, Tensor]) -> list[str]:
                 continue
             matrices.setdefault(key, []).append(data)
         names.append(name)
-    return names
+    own = {_stack(name) for name in names if state[name].dim() >= 2}
+    return [name for name in names if state[name].dim() >= 2 or _stack(name) in {None, *own}]
+
+
+def _stack(name: str) -> str | None:
+    """The encoder or decoder that a parameter belongs to, such as ``models.de-en.encoder``."""
+    match = _STACK.match(name)
+    return match and match[0]
 
 
 def check_finite(state: Mapping[str, Tensor]) -> None:

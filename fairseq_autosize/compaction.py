@@ -36,6 +36,7 @@ from .groups import (
     ATTENTION_PARTS,
     Attention,
     FeedForward,
+    aligning_attention,
     attention_in_state,
     dead_neurons,
     feed_forward_in_state,
@@ -47,6 +48,7 @@ FORMAT = 2  # 1 knew no attention heads
 # The stock model, and the one that takes a width for each layer.
 _WITH_WIDTHS = {
     "transformer": "transformer_autosize",
+    "transformer_align": "transformer_align_autosize",
     "transformer_lm": "transformer_lm_autosize",
 }
 _STOCK = {with_widths: stock for stock, with_widths in _WITH_WIDTHS.items()}
@@ -54,6 +56,7 @@ _STOCK_TASKS = {
     "translation_autosize": "translation",
     "language_modeling_autosize": "language_modeling",
     "translation_multi_simple_epoch_autosize": "translation_multi_simple_epoch",
+    "multilingual_translation_autosize": "multilingual_translation",
 }
 
 # Adafactor's means over one dimension of a matrix, and which dimension is gone.
@@ -186,7 +189,9 @@ def compact(
     layers = feed_forward_in_state(state)
     _check(state, layers)
     sides = head_widths(checkpoint)
-    heads = attention_in_state(state, sides)
+    aligning = aligning_attention(model_config(checkpoint).get("alignment_layer"))
+    # Alignments are those of its first heads, dead or not: there nothing may go or change places.
+    heads = [block for block in attention_in_state(state, sides) if block.name != aligning]
     activation = _activation_name(checkpoint)
     planned_layers = _plan_layers(state, layers, activation, uniform, multiple_of, min_width)
     planned_heads = _plan_heads(state, heads, sides, uniform or full_heads)
@@ -223,6 +228,12 @@ def _architecture(checkpoint: Mapping[str, Any]) -> tuple[str, str]:
     stock = _STOCK.get(model, model)
     if stock not in _WITH_WIDTHS:
         known = sorted(name for name, m in ARCH_MODEL_NAME_REGISTRY.items() if m in _WITH_WIDTHS)
+        if model == "multilingual_transformer":
+            raise CheckpointError(
+                f"cannot compact architecture {printable(str(arch))}: it is a model for each pair "
+                "of languages, in one checkpoint; for one smaller model train a transformer with "
+                "--task translation_multi_simple_epoch"
+            )
         raise CheckpointError(
             f"cannot compact architecture {printable(str(arch))} "
             f"({'unknown here' if model is None else f'model {model}'}); can: {', '.join(known)}"

@@ -17,6 +17,7 @@ from .prox import OPERATORS
 
 PROX_CHOICES = ("none", *OPERATORS)
 METRICS = ("identity", "adam")
+SCOPES = ("model", "layer")
 
 # Part of the training after which a target is reached, where the user does not say when; the rest
 # is the refit. docs/results.md has runs with other shares, of one seed.
@@ -107,6 +108,14 @@ class AutosizeConfig(FairseqDataclass):
             "compaction is to remove"
         },
     )
+    prox_target_scope: ChoiceEnum(SCOPES) = field(  # type: ignore[valid-type]
+        default="model",
+        metadata={
+            "help": "where a target holds: model (the smallest groups of all layers go, however "
+            "they are spread), or layer (the same share of every layer goes, so that a uniform "
+            "width is left)"
+        },
+    )
     prox_freeze_update: Optional[str] = field(  # noqa: UP045
         default=None,
         metadata={
@@ -150,6 +159,7 @@ class Settings:
         start_update: updates without proximal steps at the beginning.
         target_sparsity: share of the groups to be dead at the freeze, or None.
         target_parameters: share of all parameters to be gone by compaction then, or None.
+        target_by_layer: whether every layer is to lose the same share.
         freeze_update: updates before the freeze; None for the default, ``auto`` excluded.
         patience: updates without a change before the freeze, with ``--prox-freeze-update auto``.
         couple: whether the column of fc2 belongs to the group.
@@ -164,6 +174,7 @@ class Settings:
     start_update: int = 0
     target_sparsity: float | None = None
     target_parameters: float | None = None
+    target_by_layer: bool = False
     freeze_update: int | None = None
     patience: int | None = None
     couple: bool = False
@@ -204,6 +215,10 @@ class Settings:
         ):
             if share is not None:
                 _check_target(flag, share, cfg)
+        if cfg.prox_target_scope not in SCOPES:
+            raise ConfigError(
+                f"--prox-target-scope {cfg.prox_target_scope}: choose one of {', '.join(SCOPES)}"
+            )
         freeze, patience = _freeze(cfg)
         settings = cls(
             prox=prox,
@@ -214,11 +229,17 @@ class Settings:
             start_update=int(cfg.prox_start_update),
             target_sparsity=cfg.prox_target_sparsity,
             target_parameters=cfg.prox_target_parameters,
+            target_by_layer=cfg.prox_target_scope == "layer",
             freeze_update=freeze,
             patience=patience,
             couple=bool(cfg.prox_couple),
             adam_metric=cfg.prox_metric == "adam",
         )
+        if settings.target_by_layer and not settings.has_target:
+            raise ConfigError(
+                "--prox-target-scope layer: there is no target; give --prox-target-sparsity or "
+                "--prox-target-parameters"
+            )
         needs_strength = settings.adam_metric and prox != "none"
         if needs_strength and strength is None and not settings.has_target:
             raise ConfigError(

@@ -71,8 +71,8 @@ def export_ctranslate2(
     CTranslate2 has no empty layers. The folder appears only when it is complete and checked.
 
     Args:
-        checkpoint: what `checkpoint.read_checkpoint` returned: a ``transformer`` or
-            ``transformer_lm``, with or without a width per layer.
+        checkpoint: what `checkpoint.read_checkpoint` returned: a ``transformer``,
+            ``transformer_align`` or ``transformer_lm``, with or without a width per layer.
         output: folder to make.
         data: folder of the vocabularies (``dict.*.txt``), by default the one of the training.
         quantization: one of `QUANTIZATIONS`, or None for float32.

@@ -234,12 +234,15 @@ def blocks_in_model(model: nn.Module, groups: Sequence[str] = ("ffn",)) -> list[
     """The blocks of a model that can be auto-sized, in the order of its modules.
 
     As `feed_forward_in_model`; attention blocks are a layer's ``self_attn`` and ``encoder_attn``.
+    The attention from which a ``transformer_align`` reads alignments is none of them: its first
+    heads have that use besides their output.
 
     Raises:
         GroupError: no such block, or one that cannot be auto-sized.
     """
     kinds = {kind for group in groups for kind in GROUP_NAMES[group]}
     found: list[Block] = []
+    aligning = aligning_attention(getattr(model, "alignment_layer", None))
     for name, module in model.named_modules():
         match = _LAYER.search(name)
         if not match:
@@ -252,7 +255,7 @@ def blocks_in_model(model: nn.Module, groups: Sequence[str] = ("ffn",)) -> list[
             ("encoder_attn", "cross-attention"),
         ):
             block = getattr(module, part, None)
-            if kind in kinds and block is not None:
+            if kind in kinds and block is not None and f"{name}.{part}" != aligning:
                 found.append(_attention(f"{name}.{part}", kind, block))
     if not found:
         classes = Counter(type(m).__name__ for n, m in model.named_modules() if n)
@@ -263,6 +266,11 @@ def blocks_in_model(model: nn.Module, groups: Sequence[str] = ("ffn",)) -> list[
             f"MultiheadAttention). Modules found: {listed or 'none'}"
         )
     return found
+
+
+def aligning_attention(layer: int | None) -> str | None:
+    """Path of the attention that ``--alignment-layer`` names; None without such an option."""
+    return None if layer is None else f"decoder.layers.{layer}.encoder_attn"
 
 
 def _feed_forward(name: str, kind: str, module: nn.Module) -> FeedForward | None:

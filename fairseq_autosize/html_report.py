@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# The last line of fairseq-generate.
+# The last lines of fairseq-generate.
+_TRANSLATED = re.compile(r"Translated [\d,]+ sentences .* ([\d.]+) tokens/s\)")
 _GENERATED = re.compile(
     r"^Generate (\S+) with beam=\d+: (BLEU\d?|chrF2?)\S*(?:\|(\S+))? = ([\d.]+)", re.M
 )
@@ -39,6 +40,7 @@ class Run:
         log: what its logs tell.
         count: `report.count_neurons` of its checkpoint, or None where there is none to read.
         scores: BLEU by name of the test set.
+        tokens_per_second: of translating, as fairseq-generate told, by name of the test set.
         signatures: of the scores, for people.
         problems: what could not be read, in a line each.
     """
@@ -47,6 +49,7 @@ class Run:
     log: TrainingLog
     count: dict[str, Any] | None = None
     scores: dict[str, float] = field(default_factory=dict)
+    tokens_per_second: dict[str, float] = field(default_factory=dict)
     signatures: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -56,9 +59,10 @@ class ReportError(Exception):
 
 
 def read_run(path: str | os.PathLike[str], name: str | None = None) -> Run:
-    """Read a training's folder: logs (``*.log``), ``checkpoint_last.pt``, and scores.
+    """Read a training's folder: logs (``*.log``), checkpoint, scores and speed of translation.
 
-    Scores are those of scripts/experiment.py (``result.json``), or the last lines of
+    The checkpoint is ``checkpoint_selected.pt`` (of scripts/grid.py), else ``checkpoint_last.pt``.
+    Scores are those of scripts/grid.py and experiment.py (``result.json``), or the last lines of
     fairseq-generate in ``*.txt`` and ``*.out``; in a log those of ``--eval-bleu``.
 
     Args:
@@ -85,7 +89,8 @@ def read_run(path: str | os.PathLike[str], name: str | None = None) -> Run:
         )
     run = Run(printable(name or path.resolve().name), log)
     if path.is_dir():
-        _read_checkpoint(run, folder / "checkpoint_last.pt")
+        selected = folder / "checkpoint_selected.pt"
+        _read_checkpoint(run, selected if selected.exists() else folder / "checkpoint_last.pt")
         _read_scores(run, folder)
     return run
 
@@ -104,9 +109,14 @@ def _read_scores(run: Run, folder: Path) -> None:
     result = folder / "result.json"
     if result.exists():
         try:
-            for split, scores in json.loads(result.read_text(encoding="utf-8"))["scores"].items():
+            told = json.loads(result.read_text(encoding="utf-8"))
+            for split, scores in told["scores"].items():
                 run.scores[split] = float(scores["BLEU"]["score"])
-                run.signatures += [f"{split}: {n} {s['signature']}" for n, s in scores.items()]
+                whole = {n: s for n, s in scores.items() if "lines" not in s}  # not of a part
+                run.signatures += [f"{split}: {n} {s['signature']}" for n, s in whole.items()]
+            for split, speed in told.get("tokens_per_second", {}).items():
+                if speed is not None:
+                    run.tokens_per_second[split] = float(speed)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             run.problems.append(f"{run.name}: {result}: no scores as expected: {error!r}")
         return
@@ -114,7 +124,10 @@ def _read_scores(run: Run, folder: Path) -> None:
         with file.open("rb") as lines:
             lines.seek(max(0, file.stat().st_size - 2000))
             end = lines.read().decode(errors="replace")
+        speed = _TRANSLATED.search(end)
         for split, metric, signature, score in _GENERATED.findall(end):
+            if speed:
+                run.tokens_per_second[split] = float(speed[1])
             if metric.startswith("BLEU"):
                 run.scores[split] = float(score)
                 run.signatures.append(f"{split}: {metric} {signature}".strip())
@@ -241,20 +254,23 @@ def draw(runs: Sequence[Run]) -> list[_Plot]:
             xlabel="parameters after compaction, millions",
             ylabel=label,
         )
-    speeds = {run.name: speed for run in runs if (speed := _speed(run)) is not None}
-    if len(speeds) > 1:
 
-        def speed_bars(axes: "Axes") -> None:
-            axes.barh(list(speeds), list(speeds.values()), color=[colours[n] for n in speeds])
+    def add_speeds(name: str, what: str, unit: str, speeds: dict[str, float]) -> None:
+        if len(speeds) < 2:
+            return
+
+        def bars(axes: "Axes") -> None:
+            axes.barh(list(speeds), list(speeds.values()), color=[colours[run] for run in speeds])
             axes.invert_yaxis()
 
-        add(
-            "speed",
-            "Updates per second, as fairseq logged them (median). Runs made at different times or "
-            "side by side are no benchmark.",
-            speed_bars,
-            xlabel="updates / s",
-        )
+        note = "Runs made at different times or side by side are no benchmark."
+        caption = f"{what} per second, as fairseq logged them. {note}"
+        add(name, caption, bars, xlabel=unit)
+
+    speeds = {run.name: speed for run in runs if (speed := _speed(run)) is not None}
+    add_speeds("speed", "Updates", "updates / s", speeds)
+    speeds = _translation_speed(runs)
+    add_speeds("translation-speed", "Tokens translated", "tokens / s", speeds)
     return plots
 
 
@@ -353,6 +369,15 @@ def _speed(run: Run) -> float | None:
     return median(rates) if rates else None
 
 
+def _translation_speed(runs: Iterable[Run]) -> dict[str, float]:
+    """Tokens per second by run, on the first test set that all have that have any."""
+    timed = [run for run in runs if run.tokens_per_second]
+    for split in timed[0].tokens_per_second if timed else ():
+        if all(split in run.tokens_per_second for run in timed):
+            return {run.name: run.tokens_per_second[split] for run in timed}
+    return {}
+
+
 def _file_name(text: str) -> str:
     return re.sub(r"[^\w.-]", "-", text)
 
@@ -365,7 +390,8 @@ def _table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     splits = list(dict.fromkeys(split for run in runs for split in run.scores))
     columns = ["run", "updates", "neurons alive", "heads alive", "parameters left"]
     columns += [f"BLEU ({split})" for split in splits]
-    columns += ["best validation loss", "last", "updates / s"]
+    columns += ["best validation loss", "last", "updates / s", "translated tokens / s"]
+    translated = _translation_speed(runs)
     rows = []
     for run in runs:
         losses = [value for _, value in run.log.series("valid", "loss")]
@@ -386,6 +412,8 @@ def _table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
             cells |= {"best validation loss": f"{min(losses):.3f}", "last": f"{losses[-1]:.3f}"}
         if (speed := _speed(run)) is not None:
             cells["updates / s"] = f"{speed:.3g}"
+        if run.name in translated:
+            cells["translated tokens / s"] = f"{translated[run.name]:,.0f}"
         rows.append(cells)
     columns = [column for column in columns if any(column in row for row in rows)]
     return columns, [[row.get(column, "–") for column in columns] for row in rows]

@@ -46,7 +46,8 @@ class ProximalOptimizer:
     With a goal, t is such that just as many groups are dead at the freeze: of the groups in the
     order of their dual norms, the last one that has to die must lose that norm until then. The
     last update before the freeze zeroes what is left of them. From the freeze on, the dead are
-    held at zero and the others train without shrinkage.
+    held at zero and the others train without shrinkage. Each block may have a goal, and so a t,
+    of its own.
 
     It holds references into `optimizer` and must be rebuilt when fairseq builds a new one.
 
@@ -71,7 +72,7 @@ class ProximalOptimizer:
         self.operator = operator
         self.plan = plan
         self.shape = shape
-        self.goal: Goal | None = None
+        self.goals: tuple[Goal, ...] = ()  # one for all blocks together, or one for each
         self.threshold = 0.0  # the largest one of the last update, for the log
         self.strength = plan.strength  # of the last update
         self._frozen_at = plan.freeze_update
@@ -139,7 +140,7 @@ class ProximalOptimizer:
         return {block.name: dead for block, dead in zip(self.blocks, self._held, strict=True)}
 
     def _shrink(self, update_num: int) -> None:
-        if self.goal is None:
+        if not self.goals:
             for groups in self._groups:
                 threshold = self.plan.strength * self._step_size(groups)
                 groups.shrink(threshold)
@@ -149,11 +150,13 @@ class ProximalOptimizer:
         if left <= 1:
             self._cut()
             return
-        norms, order, number = self._ranking()
-        norm = float(norms[order[number - 1]]) if number else 0.0
-        self.threshold = threshold_toward(norm, left)
-        for groups in self._groups:
-            groups.shrink(self.threshold)
+        for goal, pool in self._pools():
+            norms, order, number = _ranking(goal, pool)
+            norm = float(norms[order[number - 1]]) if number else 0.0
+            threshold = threshold_toward(norm, left)
+            for groups in pool:
+                groups.shrink(threshold)
+            self.threshold = max(self.threshold, threshold)
         rate = max(self._rate(groups) or 0.0 for groups in self._groups)
         self.strength = self.threshold / rate if rate else None
 
@@ -170,31 +173,25 @@ class ProximalOptimizer:
             )
         return eta
 
-    def _ranking(self) -> tuple[Tensor, Tensor, int]:
-        """All dual norms, their groups' order from small to large, and how many have to die."""
-        norms = self.dual_norms()
-        order = norms.argsort(stable=True)
-        costs = torch.cat(
-            [
-                norms.new_full((groups.count,), cost)
-                for groups, cost in zip(self._groups, self.goal.costs, strict=True)
-            ]
-        )
-        removed = costs[order].double().cumsum(0)
-        number = int((removed < self.goal.amount).sum()) + 1 if self.goal.amount > 0 else 0
-        return norms, order, min(number, len(norms))
+    def _pools(self) -> list[tuple[Goal, list["_Groups"]]]:
+        """The goals, each with the blocks that it is about."""
+        if len(self.goals) == 1:
+            return [(self.goals[0], self._groups)]
+        pools = zip(self.goals, self._groups, strict=True)
+        return [(goal, [groups]) for goal, groups in pools]
 
     def _cut(self) -> None:
         """Zero exactly the groups that have to die, those of the smallest dual norms."""
-        _, order, number = self._ranking()
-        chosen = torch.zeros(len(order), dtype=torch.bool, device=order.device)
-        chosen[order[:number]] = True
-        counts = [groups.count for groups in self._groups]
-        for groups, dead in zip(self._groups, chosen.split(counts), strict=True):
-            groups.zero(dead)
+        for goal, pool in self._pools():
+            _, order, number = _ranking(goal, pool)
+            chosen = torch.zeros(len(order), dtype=torch.bool, device=order.device)
+            chosen[order[:number]] = True
+            counts = [groups.count for groups in pool]
+            for groups, dead in zip(pool, chosen.split(counts), strict=True):
+                groups.zero(dead)
 
     def _freeze(self, update_num: int) -> None:
-        if self.goal is not None and update_num > self._frozen_at:
+        if self.goals and update_num > self._frozen_at:
             # A run resumed beyond its freeze; where it got there by itself, nothing is left to cut.
             self._cut()
         self._held = [dead.nonzero().flatten() for dead in self._dead_masks()]
@@ -240,6 +237,21 @@ class ProximalOptimizer:
     def penalty(self) -> float:
         """The penalty R(W) summed over the layers, not multiplied by the strength."""
         return sum(groups.penalty() for groups in self._groups)
+
+
+def _ranking(goal: Goal, pool: Sequence["_Groups"]) -> tuple[Tensor, Tensor, int]:
+    """All dual norms, their groups' order from small to large, and how many have to die."""
+    norms = torch.cat([groups.dual_norms() for groups in pool])
+    order = norms.argsort(stable=True)
+    costs = torch.cat(
+        [
+            norms.new_full((groups.count,), cost)
+            for groups, cost in zip(pool, goal.costs, strict=True)
+        ]
+    )
+    removed = costs[order].double().cumsum(0)
+    number = int((removed < goal.amount).sum()) + 1 if goal.amount > 0 else 0
+    return norms, order, min(number, len(norms))
 
 
 @dataclass(frozen=True)

@@ -33,21 +33,25 @@ def count_neurons(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         CheckpointError: the settings in the checkpoint are not a mapping.
     """
     state = checkpoint["model"]
+    names = parameter_names(state)
+    distinct = set(names)
     removable = 0
 
-    def counted(blocks: Iterable[Block]) -> list[dict[str, Any]]:
+    def counted(blocks: Iterable[Block], weight: str) -> list[dict[str, Any]]:
         nonlocal removable
         entries = []
         for block in blocks:
+            if f"{block.name}.{weight}" not in distinct:  # a shared layer, copied while saving
+                continue
             pruned = int(block.dead().sum())
             removable += pruned * block.parameters_per_group()
             tally = _tally([(block.count, pruned)])
             entries.append({"name": block.name, "kind": block.kind, **tally})
         return entries
 
-    layers = counted(feed_forward_in_state(state))
-    attention = counted(attention_in_state(state, head_widths(checkpoint)))
-    parameters = sum(state[name].numel() for name in parameter_names(state))
+    layers = counted(feed_forward_in_state(state), "fc2.weight")
+    attention = counted(attention_in_state(state, head_widths(checkpoint)), "out_proj.weight")
+    parameters = sum(state[name].numel() for name in names)
     return {
         "layers": layers,
         "ffn_neurons": _tally((layer["total"], layer["pruned"]) for layer in layers),
@@ -83,6 +87,8 @@ def signature(settings: Mapping[str, Any]) -> str:
         targets = {name: share for name, share in targets.items() if share is not None}
         if targets:
             fields |= targets
+            if settings.get("prox_target_scope", "model") != "model":
+                fields["scope"] = settings["prox_target_scope"]
         else:
             strength = settings.get("prox_strength")
             fields["strength"] = "default" if strength is None else strength

@@ -81,8 +81,8 @@ class Goal:
 
     Attributes:
         amount: what the groups that die must add up to, at least.
-        costs: what one group of a layer counts, a number > 0 for each layer: 1 where `amount` is
-            a number of groups, or its parameters.
+        costs: what one group counts, a number > 0 for each block: 1 where `amount` is a number of
+            groups, or its parameters.
     """
 
     amount: float

@@ -24,8 +24,8 @@ from typing import Any
 
 import sacrebleu
 from benchmark_operators import cpu_name
-from experiment import USER_DIR, execute
 from fairseq.data.data_utils import post_process
+from pipeline import USER_DIR, execute
 
 from fairseq_autosize.checkpoint import read_checkpoint, write_checkpoint
 from fairseq_autosize.compaction import compact

@@ -18,28 +18,21 @@ whole. OUT/results.json collects them.
 import argparse
 import json
 import logging
-import os
-import platform
 import re
 import shlex
-import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 
-import sacrebleu
+import pipeline
 from benchmark_operators import cpu_name
+from pipeline import RunError
 from prepare_data import REMOVE_BPE
 
-import fairseq_autosize
 from fairseq_autosize.checkpoint import read_checkpoint
 from fairseq_autosize.prox import OPERATORS
 from fairseq_autosize.report import count_neurons
-from fairseq_autosize.training_log import TrainingLog
 
-USER_DIR = Path(fairseq_autosize.__file__).parent
 _OPTION = r"\+(?P<option>[a-z-]+)(=(?P<value>[^+]+))?"
 RUN = re.compile(
     rf"dense(:(?P<width>\d+))?|(?P<operator>{'|'.join(OPERATORS)})((?P<sign>[:@])(?P<number>[\d.]+))?"
@@ -47,10 +40,6 @@ RUN = re.compile(
 )
 
 logger = logging.getLogger("experiment")
-
-
-class ExperimentError(Exception):
-    """A setting or a command that failed; the message says which and where its log is."""
 
 
 def train_options(run: str, args: argparse.Namespace) -> list[str]:
@@ -87,48 +76,6 @@ def train_options(run: str, args: argparse.Namespace) -> list[str]:
     ]
 
 
-def execute(command: list[str], log: Path) -> tuple[float, float]:
-    """Run a command with its output in a file.
-
-    Returns:
-        Its CPU seconds (user and system) and wall seconds.
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    start = time.monotonic()
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise ExperimentError(f"exit {process.returncode}, see the end of {log}")
-    return usage.ru_utime + usage.ru_stime, time.monotonic() - start
-
-
-def hypotheses(log: Path) -> list[str]:
-    """The best translations in fairseq-generate's output, in the order of the corpus."""
-    found = {}
-    for line in log.read_text(encoding="utf-8").splitlines():
-        if match := re.match(r"H-(\d+)\t[^\t]*\t(.*)", line):
-            found[int(match[1])] = match[2]
-    return [found[index] for index in sorted(found)]
-
-
-def history(log: Path) -> list[dict[str, float]]:
-    """Neurons alive and validation loss over the updates, from the training log."""
-    told = TrainingLog()
-    told.read(log)
-    points = []
-    for part, prefix in ((told.train, ""), (told.valid, "valid_")):
-        names = {"loss": f"{prefix}loss", "neurons_alive": "neurons_alive"}
-        points += [
-            {"update": update} | {new: values[old] for old, new in names.items() if old in values}
-            for update, values in part.items()
-        ]
-    return sorted(points, key=lambda point: point["update"])
-
-
 def perform(run: str, data: Path, record: dict, args: argparse.Namespace) -> dict:
     """Train, translate and score one run; returns what goes into result.json."""
     folder = args.out / re.sub(r"[:@+=]", "-", run)
@@ -137,7 +84,7 @@ def perform(run: str, data: Path, record: dict, args: argparse.Namespace) -> dic
     if result_file.exists():
         result = json.loads(result_file.read_text())
         if result["options"] != options:
-            raise ExperimentError(f"{result_file} is from other settings; choose another OUT")
+            raise RunError(f"{result_file} is from other settings; choose another OUT")
         logger.info("%s: done before", run)
         return result
     subsets, remove_bpe = record["gen_subsets"], shlex.split(REMOVE_BPE[record["bpe"]])
@@ -146,20 +93,20 @@ def perform(run: str, data: Path, record: dict, args: argparse.Namespace) -> dic
     corpus = [str(data / "data-bin"), "--source-lang", source, "--target-lang", target]
     fairseq = [sys.executable, "-m"]
     cpu = [] if args.gpu else ["--cpu"]
-    corpus += ["--user-dir", str(USER_DIR)]
+    corpus += ["--user-dir", str(pipeline.USER_DIR)]
     train = [*fairseq, "fairseq_cli.train", *corpus, *options, *cpu, "--save-dir", str(folder)]
     trained = folder / "trained.json"  # so that a failure in scoring costs no second training
     if not trained.exists():
         for stale in folder.glob("checkpoint*.pt"):  # fairseq would go on from there
             stale.unlink()
         logger.info("%s: training, log in %s", run, folder / "train.log")
-        cpu_seconds, wall_seconds = execute(train, folder / "train.log")
+        cpu_seconds, wall_seconds = pipeline.execute(train, folder / "train.log")
         times = {"train_cpu_seconds": round(cpu_seconds, 1)}
         times["train_wall_seconds"] = round(wall_seconds, 1)
         trained.write_text(json.dumps({"options": options, "times": times}))
     training = json.loads(trained.read_text())
     if training["options"] != options:
-        raise ExperimentError(f"{trained} is from other settings; choose another OUT")
+        raise RunError(f"{trained} is from other settings; choose another OUT")
 
     checkpoint = folder / "checkpoint_last.pt"
     count = count_neurons(read_checkpoint(checkpoint))
@@ -170,7 +117,7 @@ def perform(run: str, data: Path, record: dict, args: argparse.Namespace) -> dic
         "updates": args.updates,
         **training["times"],
         "neurons": count,
-        "history": history(folder / "train.log"),
+        "history": pipeline.history(folder / "train.log"),
         "scores": {},
     }
     for subset, split in subsets.items():
@@ -178,18 +125,11 @@ def perform(run: str, data: Path, record: dict, args: argparse.Namespace) -> dic
         generate = [*fairseq, "fairseq_cli.generate", *corpus]
         generate += ["--path", str(checkpoint), "--gen-subset", subset, *cpu]
         generate += ["--required-batch-size-multiple", "1", *remove_bpe, *args.generate_args]
-        execute([*generate, "--max-tokens", "4000"], log)
-        lines = hypotheses(log)
-        references = (data / "raw" / f"{split}.{target}").read_text(encoding="utf-8").splitlines()
-        if len(lines) != len(references):
-            raise ExperimentError(f"{log}: {len(lines)} translations of {len(references)} lines")
-        scores = {}
-        for metric in (sacrebleu.BLEU(), sacrebleu.CHRF()):
-            score = metric.corpus_score(lines, [references])
-            signature = str(metric.get_signature())
-            scores[score.name] = {"score": round(score.score, 2), "signature": signature}
-        result["scores"][split] = scores
-        logger.info("%s: %s BLEU %.1f", run, split, scores["BLEU"]["score"])
+        pipeline.execute([*generate, "--max-tokens", "4000"], log)
+        references = pipeline.lines_of(data / "raw" / f"{split}.{target}")
+        found = pipeline.scores(pipeline.hypotheses(log, len(references)), references)
+        result["scores"][split] = found
+        logger.info("%s: %s BLEU %.1f", run, split, found["BLEU"]["score"])
     result_file.write_text(json.dumps(result, indent=1) + "\n")
     return result
 
@@ -297,7 +237,7 @@ def main() -> int:
             results[run] = perform(run, args.data, record, args)
         except Exception as error:  # one run's failure must not take the others with it
             failed = True
-            known = isinstance(error, ExperimentError | OSError)
+            known = isinstance(error, RunError | OSError)
             logger.error("%s: failed: %s", run, error, exc_info=not known)
 
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -314,11 +254,7 @@ def main() -> int:
             "data": record,
             "command": shlex.join(["python", "scripts/experiment.py", *sys.argv[1:]]),
             "machine": {"processor": cpu_name(), "jobs": args.jobs, "threads a run": 1},
-            "versions": {
-                "python": platform.python_version(),
-                "fairseq_autosize": fairseq_autosize.__version__,
-                **{name: version(name) for name in ("torch", "fairseq-fixed", "sacrebleu")},
-            },
+            "versions": pipeline.versions(),
             "results": unique,
         }
         (args.out / "results.json").write_text(json.dumps(summary, indent=1) + "\n")

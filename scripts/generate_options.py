@@ -15,10 +15,10 @@ HEAD = """\
 
 *Generated from `fairseq_autosize/config.py` by `scripts/generate_options.py`; do not edit.*
 
-The options are added to the tasks `translation`, `language_modeling` and, for several languages in
-one model, `translation_multi_simple_epoch` (and to the same tasks with `_autosize` at the end of
-their names). On the command line a name is spelled with dashes, in YAML for `fairseq-hydra-train`,
-which has only the first two tasks, with underscores under `task:`.
+The options are added to the tasks `translation`, `language_modeling` and, for several languages,
+`translation_multi_simple_epoch` and `multilingual_translation` (and to the same tasks with
+`_autosize` at the end of their names). On the command line a name is spelled with dashes, in YAML
+for `fairseq-hydra-train`, which has only the first two tasks, with underscores under `task:`.
 (`fairseq-train --help` never shows the options of a task, so neither these.) A value that is not
 allowed ends the start with a message that names the flag, the value and what is allowed.
 

@@ -35,7 +35,11 @@ Pair = tuple[str, str]  # one line: source text, target text
 Corpus = dict[str, list[Pair]]  # split -> its lines
 
 DEFAULT_VOCAB_SIZE = 4000
-REMOVE_BPE = {"sentencepiece": " --remove-bpe sentencepiece", "subword-nmt": " --remove-bpe"}
+REMOVE_BPE = {  # options of fairseq-generate
+    "sentencepiece": " --remove-bpe sentencepiece",
+    "subword-nmt": " --remove-bpe",
+    "none": "",
+}
 # Rules that remove lines from the training set, and their values for the noisy data sets. All are
 # off (0 or False) for any other data unless its user asks for them.
 CLEANING = {
@@ -380,7 +384,7 @@ def print_usage(args: argparse.Namespace, subsets: dict[str, str]) -> None:
     print(f"\nReady: {args.dest} (what was done: prepare.json). Train and translate with")
     print(f"  fairseq-train {common} --prox l21 --share-all-embeddings ...")
     for subset, split in subsets.items():
-        options = f"--gen-subset {subset} --beam 5{REMOVE_BPE.get(args.bpe, '')}"
+        options = f"--gen-subset {subset} --beam 5{REMOVE_BPE[args.bpe]}"
         reference = f"{dest}/raw/{split}.{args.target_lang}"
         print(f"  fairseq-generate {common} --path CHECKPOINT {options} > {split}.out")
         print(f"  sed -n 's/^H-//p' {split}.out | sort -n | cut -f3 | sacrebleu {reference}")

@@ -4,11 +4,13 @@
     python scripts/render_results.py [--check]
 
 Each JSON file is the results.json of one scripts/experiment.py, or, with a "kind", what
-scripts/bench_inference.py or scripts/compare_engines.py wrote. Its tables replace what stands in a
-page between `<!-- table NAME -->` and `<!-- end -->`; NAME is the file's name without `.json`.
-`<!-- targets NAME NAME ... -->` puts one table of requested and reached sparsities there, and
-`<!-- seeds NAME NAME ... -->` the means of the same runs with several seeds. For an experiment the
-figure NAME.png shows the neurons alive over the updates. --check writes nothing and fails if a
+scripts/grid.py, bench_inference.py or compare_engines.py wrote. Its tables replace what stands in a
+page between `<!-- table NAME -->` (for a grid `<!-- grid NAME -->`) and `<!-- end -->`; NAME is the
+file's name without `.json`. `<!-- targets NAME NAME ... -->` puts one table of requested and
+reached sparsities there, `<!-- seeds NAME NAME ... -->` the means of runs with several seeds.
+
+The figures NAME.png show the neurons alive over the updates; for a grid NAME-layers.png shows what
+is left in each layer, and NAME-size.png size against BLEU. --check writes nothing and fails if a
 table on a page is not up to date.
 """
 
@@ -17,13 +19,18 @@ import json
 import logging
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import bench_inference
 import benchmark_operators
 import compare_engines
+import grid_results
 from experiment import RUN, by_kind_and_value, table
+
+from fairseq_autosize.strength import default_strength
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -96,10 +103,6 @@ def seeds(paths: list[Path]) -> str:
         for result in summary["results"]:
             found.setdefault(result["run"], []).append(result)
 
-    def cell(values: list[float], digits: int) -> str:
-        single = f" ({' '.join(f'{value:.{digits}f}' for value in values)})"
-        return f"{mean(values):.{digits}f}" + (single if len(values) > 1 else "")
-
     def bleu(results: list[dict]) -> list[float]:
         return [result["scores"]["test"]["BLEU"]["score"] for result in results]
 
@@ -115,8 +118,8 @@ def seeds(paths: list[Path]) -> str:
             {
                 "run": run,
                 "pruned": f"{mean(pruned):.1f} %",
-                "BLEU": cell(bleu(results), 1),
-                "validation loss": cell(losses, 3),
+                "BLEU": grid_results.values(bleu(results), 1),
+                "validation loss": grid_results.values(losses, 3),
                 "seeds": ", ".join(str(result["seed"]) for result in results),
             }
         )
@@ -127,7 +130,7 @@ def seeds(paths: list[Path]) -> str:
 def page(text: str) -> str:
     """The page with every table replaced; a marker without a file of results is an error."""
 
-    several = {"targets": targets, "seeds": seeds}
+    several = {"targets": targets, "seeds": seeds, "grid": grid}
 
     def replace(match: re.Match) -> str:
         kind, names = match[1], match[2].split()
@@ -136,35 +139,94 @@ def page(text: str) -> str:
         return f"<!-- {kind} {match[2]} -->\n{content}\n<!-- end -->"
 
     return re.sub(
-        r"<!-- (table|targets|seeds) (.+?) -->\n.*?<!-- end -->", replace, text, flags=re.S
+        r"<!-- (table|targets|seeds|grid) (.+?) -->\n.*?<!-- end -->", replace, text, flags=re.S
     )
 
 
+def grid(paths: list[Path]) -> str:
+    """The table of a grid, its commands and where it ran."""
+    parts = []
+    for path in paths:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        results = summary["results"]
+        minutes = sum((result["train_cpu_seconds"] or 0) for result in results) / 60
+        ran = sorted({result["processor"] for result in results})
+        versions = {json.dumps(result["versions"]): result["versions"] for result in results}
+        told = ["; ".join(f"{n} {v}" for n, v in found.items()) for found in versions.values()]
+        signatures = {
+            score["signature"]
+            for result in results
+            for split in result["scores"].values()
+            for name, score in split.items()
+            if name in ("BLEU", "chrF2")
+        }
+        parts += [
+            grid_results.table(summary),
+            "",
+            grid_results.parts_table(summary),
+            "",
+            f"- `{summary['command']}`",
+            f"- {len(results)} runs, {minutes:,.0f} minutes of training on one core each: "
+            f"{'; '.join(ran)}. {'; '.join(told)}.",
+            *(f"- sacreBLEU `{signature}`" for signature in sorted(signatures)),
+        ]
+    return "\n".join(parts)
+
+
 def draw(path: Path) -> None:
-    """Draw the neurons alive over the updates of the auto-sized runs, if there are any."""
-    from matplotlib import pyplot
+    """Draw the figures of one file of results: of a grid three, of an experiment one, or none."""
+    import figures  # after main() has calmed the loggers that fairseq has opened wide
 
     summary = json.loads(path.read_text(encoding="utf-8"))
-    if "kind" in summary:  # no experiment
-        return
-    curves = {
-        result["run"]: sorted(
-            (p["update"], p["neurons_alive"]) for p in result["history"] if "neurons_alive" in p
-        )
-        for result in sorted(summary["results"], key=by_kind_and_value)
-    }
-    curves = {run: points for run, points in curves.items() if points}
-    if not curves:
-        return
-    figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
-    for run, points in curves.items():
-        style = {"l21": "-", "linf1": "--"}[RUN.fullmatch(run)["operator"]]
-        axes.plot(*zip(*points, strict=True), style, label=run)
-    axes.set(xlabel="updates", ylabel="neurons alive", ylim=(0, None), title=path.stem)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize="small", ncols=2)
-    figure.savefig(path.with_suffix(".png"), dpi=120)
-    pyplot.close(figure)
+    if summary.get("kind") == "grid":
+        draw_grid(summary, path)
+    elif "kind" not in summary:
+        results = sorted(summary["results"], key=by_kind_and_value)
+        by_run = {result["run"]: result for result in results}
+        figures.alive_over_updates(by_run, path.stem, path.with_suffix(".png"))
+
+
+def draw_grid(summary: Mapping[str, Any], path: Path) -> None:
+    """NAME.png, NAME-layers.png and NAME-size.png, for each data set if there are several."""
+    import figures
+
+    names = list(dict.fromkeys(result["data"] for result in summary["results"]))
+    for data in names:
+        stem = path.stem if len(names) == 1 else f"{path.stem}-{data}"
+        groups: dict[str, list[Mapping[str, Any]]] = {}
+        for result in summary["results"]:
+            if result["data"] == data:
+                groups.setdefault(result["run"], []).append(result)
+        first = {run: results[0] for run, results in groups.items()}
+        figures.alive_over_updates(first, data, path.with_name(f"{stem}.png"))
+        figures.alive_by_layer(first, data, path.with_name(f"{stem}-layers.png"))
+        figures.size_against_bleu(groups, "test", data, path.with_name(f"{stem}-size.png"))
+
+
+def draw_gallery(name: str) -> None:
+    """The figures of docs/gallery.md: those of the paper that one experiment can redraw."""
+    import figures
+
+    path = DOCS / "results" / f"{name}.json"
+    results = json.loads(path.read_text(encoding="utf-8"))["results"]
+    results = {result["run"]: result for result in sorted(results, key=by_kind_and_value)}
+    bleu = {run: result["scores"]["test"]["BLEU"]["score"] for run, result in results.items()}
+    points: dict[str, list[tuple[float, float]]] = {}
+    for run, score in bleu.items():
+        match = RUN.fullmatch(run)
+        if match["sign"] == ":" and not match["options"]:
+            options = results[run]["options"]
+            row = int(options[options.index("--encoder-embed-dim") + 1]) + 1  # and the bias
+            unit = default_strength(match["operator"], row)
+            points.setdefault(match["operator"], []).append((float(match["number"]) / unit, score))
+    levels = {run: score for run, score in bleu.items() if run in ("dense", "dense:0")}
+    groups = {run: [result] for run, result in results.items()}
+    layers, strength, size = (
+        path.with_name(f"gallery-{figure}.png") for figure in ("layers", "strength", "size")
+    )
+    figures.alive_by_layer(results, name, layers)
+    figures.bleu_against_strength(points, levels, "test", name, strength)
+    figures.size_against_bleu(groups, "test", name, size)
 
 
 def main() -> int:
@@ -187,10 +249,13 @@ def main() -> int:
         shown = {
             name
             for path in DOCS.glob("*.md")
-            for name in re.findall(r"<!-- (?:table|seeds) (\S+)", path.read_text(encoding="utf-8"))
+            for name in re.findall(
+                r"<!-- (?:table|seeds|grid) (\S+)", path.read_text(encoding="utf-8")
+            )
         }
         for name in sorted(shown):
             draw(DOCS / "results" / f"{name}.json")
+        draw_gallery("multi30k-de-en")
     return int(stale)
 
 

@@ -55,6 +55,6 @@ install torch numpy cython setuptools wheel
 echo "setup.sh: installing fairseq (compiles unless pip has its wheel)"
 install --no-build-isolation fairseq-fixed
 echo "setup.sh: installing fairseq_autosize and what its tests and plots need"
-install --no-build-isolation -e "$root[test,plot,ctranslate2]"
+install --no-build-isolation -e "$root[test,plot,ctranslate2,experiments]"
 echo "$wanted" >"$venv/.complete"
 echo "setup.sh: $venv is complete"

@@ -67,17 +67,21 @@ def sentences(count: int, seed: int) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory, run: Runner) -> Path:
-    """A binarised corpus xx-yy of 300 training and 43 test pairs (no multiple of 8)."""
+    """A binarised corpus xx-yy of 300 training and 43 test pairs (no multiple of 8), aligned."""
     folder = tmp_path_factory.mktemp("corpus")
     for seed, (split, count) in enumerate((("train", 300), ("valid", 40), ("test", 43))):
         pairs = sentences(count, seed)
         for side, lang in enumerate(("xx", "yy")):
             text = "".join(pair[side] + "\n" for pair in pairs)
             (folder / f"{split}.{lang}").write_text(text)
+        lengths = (len(source.split()) for source, _ in pairs)
+        links = [" ".join(f"{n - 1 - i}-{i}" for i in range(n)) + "\n" for n in lengths]
+        (folder / f"{split}.align").write_text("".join(links))
     prefixes = [f"--{split}pref={folder}/{split}" for split in ("train", "valid", "test")]
     languages = ["--source-lang", "xx", "--target-lang", "yy"]
     binary = folder / "data-bin"
-    run("fairseq_cli.preprocess", *languages, *prefixes, "--joined-dictionary", "--destdir", binary)
+    options = ["--joined-dictionary", "--align-suffix", "align", "--destdir", binary]
+    run("fairseq_cli.preprocess", *languages, *prefixes, *options)
     return binary
 
 

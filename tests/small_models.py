@@ -9,6 +9,7 @@ from fairseq.data import Dictionary
 from fairseq.models import FairseqLanguageModel
 from fairseq.models import build_model as build
 from fairseq.models.transformer import TransformerModel, base_architecture
+from fairseq.models.transformer_align import TransformerAlignModel
 from fairseq.models.transformer_lm import TransformerLanguageModel, base_lm_architecture
 from torch import nn
 
@@ -52,6 +53,15 @@ def build_model(**options: Any) -> tuple[TransformerModel, Namespace]:
     args = Namespace(**(SIZES | {"arch": "transformer", "_name": "transformer"} | options))
     base_architecture(args)
     return TransformerModel.build_model(args, model_task()), args
+
+
+def build_align_model(**options: Any) -> tuple[TransformerAlignModel, Namespace]:
+    """A Transformer that learns alignments in its last layer, and its settings."""
+    torch.manual_seed(1)
+    name = "transformer_align"
+    options = {"alignment_layer": 1, "full_context_alignment": True} | options
+    args = Namespace(**(SIZES | {"arch": name, "_name": name} | options))
+    return TransformerAlignModel.build_model(args, model_task()), args
 
 
 def build_language_model(**options: Any) -> tuple[FairseqLanguageModel, Namespace]:

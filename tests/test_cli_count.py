@@ -82,6 +82,22 @@ def test_parameters_are_those_of_the_model(options, copied_apart):
     assert count_neurons(checkpoint)["parameters"]["total"] == distinct_parameters(model)
 
 
+@pytest.mark.parametrize("copied_apart", [False, True], ids=["tied", "copied apart"])
+def test_models_of_several_pairs_count_shared_layers_once(copied_apart):
+    """As fairseq's multilingual_transformer may have them: one encoder, two decoders."""
+    one, other = (build_model(encoder_normalize_before=True)[0] for _ in range(2))
+    for parameter in other.parameters():
+        torch.nn.init.normal_(parameter)
+    other.encoder = one.encoder
+    both = torch.nn.ModuleDict({"models": torch.nn.ModuleDict({"a-b": one, "c-d": other})})
+    state = both.state_dict()
+    if copied_apart:
+        state = {name: tensor.clone() for name, tensor in state.items()}
+    count = count_neurons({"model": state, "cfg": {}})
+    assert count["parameters"]["total"] == distinct_parameters(both)
+    assert count["ffn_neurons"]["total"] == 2 * 12 + 4 * 10
+
+
 def test_equal_zero_matrices_are_no_ties():
     model, args = build_model()
     with torch.no_grad():

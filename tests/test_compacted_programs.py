@@ -18,7 +18,9 @@ from test_training import LM
 from fairseq_autosize.checkpoint import parameter_names, read_checkpoint, write_checkpoint
 from fairseq_autosize.cli import main
 from fairseq_autosize.compaction import compact
+from fairseq_autosize.export import export_ctranslate2
 from fairseq_autosize.groups import dead_neurons, feed_forward_in_state
+from fairseq_autosize.report import count_neurons
 
 pytestmark = pytest.mark.heavy
 
@@ -95,6 +97,53 @@ def test_all_widths_translate_the_same(options, corpus, run, tmp_path):
         for (number, _), (text, score) in zip(lines, told, strict=True):
             assert text == best[int(number)][0]
             assert score == pytest.approx(best[int(number)][1], abs=1e-4)
+
+
+def test_alignments_are_the_same(corpus, run, capsys, tmp_path):
+    """Of a transformer_align that was trained with alignments, heads included; and it trains on."""
+    model = [*TINY_MODEL[2:], "--alignment-layer", "1", "--full-context-alignment"]
+    train = ["fairseq_cli.train", corpus, *model, *TINY_TRAINING, *AUTOSIZE, "--load-alignments"]
+    train += ["--criterion", "label_smoothed_cross_entropy_with_alignment"]
+    train += ["--prox", "l21", "--prox-groups", "attention", "--prox-target-sparsity", "0.5"]
+    start = [*train, "--arch", "transformer_align", "--max-update", "40"]
+    run(*start, "--save-dir", tmp_path / "wide")
+    last = tmp_path / "last.pt"
+    prune_smallest(tmp_path / "wide" / "checkpoint_last.pt", last, (0, 9, 24, 3))
+    heads = [block["alive"] for block in count_neurons(read_checkpoint(last))["attention"]]
+    assert heads[-1] == 2 and sum(heads) == 12 - 5  # of the other ten
+    small, uniform = tmp_path / "small.pt", tmp_path / "uniform.pt"
+    assert main(["compact", str(last), str(uniform), "--uniform"]) == 0
+    assert main(["compact", str(last), str(small)]) == 0
+    flags = re.findall(r"(--arch .*) \.\.\.$", capsys.readouterr().out, re.M)[-1].split()
+    assert flags[1] == "transformer_align_autosize"
+
+    generate = ["fairseq_cli.generate", corpus, *AUTOSIZE, "--cpu", "--max-len-b", "10"]
+    generate += ["--required-batch-size-multiple", "1", "--print-alignment", "soft", "--path"]
+    outputs = [run(*generate, path).stdout for path in (last, small, uniform)]
+    texts, scores = hypotheses(outputs[0])
+    alignments = soft_alignments(outputs[0])
+    assert len(texts) == len(alignments) == 43
+    numbers = [float(x) for row in alignments.values() for x in row]
+    assert max(numbers) > 2 * min(x for x in numbers if x)
+    for output in outputs[1:]:
+        assert hypotheses(output)[0] == texts
+        assert hypotheses(output)[1] == pytest.approx(scores, abs=1e-4)
+        for number, row in soft_alignments(output).items():
+            assert row == pytest.approx(alignments[number], abs=2e-6)
+    pytest.importorskip("ctranslate2")
+    agreement = export_ctranslate2(read_checkpoint(small), tmp_path / "ct2", data=corpus)
+    assert agreement.largest < 1e-4
+
+    more = [*train, *flags, "--max-update", "6", "--finetune-from-model", small]
+    more[more.index("--prox-target-sparsity") + 1] = "0.3"
+    output = run(*more, "--save-dir", tmp_path / "more").stdout
+    assert "frozen after update 4: " in output
+
+
+def soft_alignments(output: str) -> dict[int, list[float]]:
+    """The attention weights that fairseq-generate prints, sentence by sentence."""
+    lines = re.findall(r"^A-(\d+)\t(.*)$", output, re.M)
+    return {int(n): [float(x) for x in re.split("[ ,]", row)] for n, row in lines}
 
 
 def test_language_models_have_the_same_perplexity(lm_corpus, run, tmp_path):

@@ -381,7 +381,11 @@ def test_diverged_models_are_refused(value):
     ("arch", "message"),
     [
         ("my_own", r"architecture my_own \(unknown here\); can: .*transformer_iwslt_de_en"),
-        ("transformer_align", r"transformer_align \(model transformer_align\)"),
+        ("lightconv", r"lightconv \(model lightconv\)"),
+        (
+            "multilingual_transformer_iwslt_de_en",
+            "for each pair of languages.* --task translation_multi_simple_epoch",
+        ),
     ],
 )
 def test_other_architectures_are_refused_by_name(arch, message):

@@ -69,6 +69,8 @@ def test_values_are_read():
         ({"prox_freeze_patience": 0}, "--prox-freeze-patience 0: must be a number"),
         ({"prox_target_sparsity": 0.0}, "--prox-target-sparsity 0.0: must be a share between"),
         ({"prox_target_sparsity": 1.0}, "--prox-target-sparsity 1.0: must be a share between"),
+        ({"prox_target_scope": "layer"}, "--prox-target-scope layer: there is no target; give"),
+        ({"prox_target_scope": "side"}, "--prox-target-scope side: choose one of model, layer"),
         ({"prox_target_parameters": float("nan")}, "--prox-target-parameters nan: must be a"),
         ({"prox_target_sparsity": 0.5}, "--prox-target-sparsity 0.5 does not go with --prox none"),
         (

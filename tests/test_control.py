@@ -49,7 +49,7 @@ def controlled(model, optimizer, operator="l21", share=0.5, freeze=9, shape=None
         shape or GroupShape(),
     )
     if share is not None:
-        proximal.goal = Goal(round(share * GROUPS), (1, 1))
+        proximal.goals = (Goal(round(share * GROUPS), (1, 1)),)
     return proximal
 
 
@@ -135,12 +135,30 @@ def test_costs_decide_how_many_have_to_die():
         layer.fc1_weight.data.fill_(size)
         layer.fc1_bias.data.fill_(0)
     proximal = controlled(model, optimizer, share=None, freeze=3)
-    proximal.goal = Goal(32, (1, 5))
+    proximal.goals = (Goal(32, (1, 5)),)
     for update in range(3):
         optimizer.zero_grad()
         proximal.step(update)
     dead = [int(dead_neurons(layer.fc1_weight).sum()) for layer in (first, second)]
     assert dead == [2, 6]  # 6 * 5 + 2 * 1
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_each_layer_may_have_a_goal_of_its_own(operator):
+    """Though the second layer's rows are all smaller, only its own smallest die."""
+    model, optimizer = adam_model()
+    layers = feed_forward_in_model(model)
+    layers[1].fc1_weight.data.mul_(0.1)
+    layers[1].fc1_bias.data.mul_(0.1)
+    proximal = controlled(model, optimizer, operator, share=None, freeze=9)
+    numbers = [layers[0].count // 2, layers[1].count // 4]
+    proximal.goals = tuple(Goal(number, (1,)) for number in numbers)
+    for update in range(12):
+        backward(model, optimizer, update)
+        proximal.step(update)
+        dead = [int(dead_neurons(layer.fc1_weight).sum()) for layer in layers]
+        assert all(n <= number for n, number in zip(dead, numbers, strict=True))
+        assert update < 8 or dead == numbers
 
 
 def test_freeze_holds_the_dead_and_frees_the_others():

@@ -1,11 +1,13 @@
 """Targets and the freeze through fairseq's real programs, judged by the saved checkpoints."""
 
+import argparse
 import re
 import subprocess
 
 import pytest
 import torch
 from conftest import TINY_MODEL, TINY_TRAINING
+from fairseq.tasks import setup_task
 from programs import run_program
 from test_training import AUTOSIZE, assert_same_checkpoints, count_dead, layers_of, logged
 
@@ -15,6 +17,9 @@ from fairseq_autosize.compaction import compact
 from fairseq_autosize.export import export_ctranslate2
 from fairseq_autosize.groups import dead_neurons, feed_forward_in_state
 from fairseq_autosize.report import count_neurons
+from fairseq_autosize.tasks.multilingual_translation_autosize import (
+    MultilingualTranslationAutosizeTask,
+)
 
 pytestmark = pytest.mark.heavy
 
@@ -49,6 +54,22 @@ def test_target_is_met_and_interrupted_training_equals_uninterrupted(corpus, run
     for layer, average in zip(layers_of(checkpoint), averages, strict=True):
         assert torch.equal(dead_neurons(layer.fc1_weight), dead_neurons(average.fc1_weight))
     assert "|sparsity:0.6|" in count_neurons(read_checkpoint(checkpoint))["signature"]
+
+
+@pytest.mark.parametrize(
+    ("target", "left"), [("--prox-target-sparsity=0.25", 18), ("--prox-target-parameters=0.1", 15)]
+)
+def test_target_of_every_layer_leaves_a_uniform_model(target, left, corpus, run, tmp_path):
+    options = ("--prox", "l21", target, "--prox-target-scope", "layer", "--max-update", "20")
+    output = run(*TRAIN, corpus, *options, "--save-dir", tmp_path).stdout
+    told = " ".join([str(24 - left)] * 4)
+    assert f"{told} of them dead, layer by layer, after 12 updates" in output
+    checkpoint = read_checkpoint(tmp_path / "checkpoint_last.pt")
+    count = count_neurons(checkpoint)
+    assert [layer["alive"] for layer in count["layers"]] == [left] * 4
+    assert "|scope:layer|" in count["signature"]
+    model = compact(checkpoint, uniform=True).checkpoint["cfg"]["model"]
+    assert (model.arch, model.encoder_ffn_embed_dim) == ("transformer", left)
 
 
 def test_target_in_parameters_with_everything_on(corpus, run, tmp_path):
@@ -144,6 +165,48 @@ def test_multilingual_task_trains_resumes_compacts_and_translates(corpus, run, t
         for path in (last[0], small)
     ]
     assert found[0] == found[1] and len(found[0]) == 43
+
+
+@pytest.mark.parametrize(
+    ("sharing", "total"),
+    [
+        ([], 192),
+        (["--share-encoders"], 144),
+        # Half precision, in whose checkpoints shared layers are copies.
+        (["--share-encoders", "--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", "1"], 144),
+        (["--share-encoders", "--share-decoders"], 96),
+    ],
+    ids=["separate", "encoder", "encoder-half", "all"],
+)
+def test_models_of_several_pairs_train_resume_count_and_translate(
+    sharing, total, corpus, run, tmp_path
+):
+    languages = ["--task", "multilingual_translation", "--lang-pairs", "xx-yy,yy-xx"]
+    train = [*TRAIN, corpus, *languages, "--arch", "multilingual_transformer", *sharing]
+    train += ["--prox", "l21", "--prox-target-sparsity", "0.5", "--prox-freeze-update", "18"]
+    whole = run(*train, "--max-update", "30", "--save-dir", tmp_path / "whole").stdout
+    for end in (11, 30):
+        run(*train, "--max-update", end, "--save-dir", tmp_path / "halves")
+    last = [tmp_path / folder / "checkpoint_last.pt" for folder in ("whole", "halves")]
+    assert_same_checkpoints(*last)
+    count = count_neurons(read_checkpoint(last[0]))
+    assert count["ffn_neurons"] == {"total": total, "alive": total // 2, "pruned": total // 2}
+    assert f"num. shared model params: {count['parameters']['total']:,} " in whole
+
+    generate = ["fairseq_cli.generate", corpus, *AUTOSIZE, *languages, "-s", "yy", "-t", "xx"]
+    generate += ["--cpu", "--max-tokens", "400", "--max-len-b", "10", "--path", last[0]]
+    output = run(*generate, "--required-batch-size-multiple", "1").stdout
+    assert len(re.findall("^H-", output, re.M)) == 43
+
+
+def test_older_tasks_take_the_settings_of_a_stock_checkpoint(corpus):
+    """As fairseq's interface for Python hands them over: without any of ours."""
+    stock = {"task": "multilingual_translation", "data": str(corpus), "lang_pairs": "xx-yy"}
+    stock |= {"source_lang": "xx", "target_lang": "yy", "encoder_langtok": None}
+    stock |= {"left_pad_source": "True", "left_pad_target": "False", "decoder_langtok": False}
+    task = setup_task(argparse.Namespace(**stock))
+    assert isinstance(task, MultilingualTranslationAutosizeTask)
+    assert task.settings.prox == "none"
 
 
 def test_multilingual_task_refuses_what_translation_does(corpus, tmp_path):

@@ -8,6 +8,7 @@ from fairseq.models import build_model as build
 from fairseq.optim import build_optimizer
 from fairseq.sequence_generator import SequenceGenerator
 from small_models import (
+    build_align_model,
     build_language_model,
     build_model,
     checkpoint_of,
@@ -166,7 +167,7 @@ def test_target_over_neurons_and_heads(operator, adam):
     assert sum(block.count for block in blocks) == 44 + 12
     plan, shape = Plan(freeze_update=12), GroupShape(adam=adam, fc2=True)
     proximal = ProximalOptimizer(optimizer, blocks, OPERATORS[operator], plan, shape)
-    proximal.goal = Goal(50, (1,) * len(blocks))
+    proximal.goals = (Goal(50, (1,) * len(blocks)),)
     for update in range(18):
         backward(model, optimizer, update)
         proximal.step(update)
@@ -245,6 +246,29 @@ def test_without_its_dead_heads_the_model_computes_the_same(uniform, bias):
     other = compact(result.checkpoint, uniform=not uniform)
     assert other.heads == (wanted if uniform else {})
     assert_same_function(model, other.checkpoint)
+
+
+def test_the_attention_that_aligns_is_left_alone():
+    """Its first head aligns, whether or not it is dead, and stays the first."""
+    model, args = build_align_model()
+    names = {block.name for block in blocks_in_model(model, ("all",))}
+    assert len(names) == 4 + 5 and "decoder.layers.1.encoder_attn" not in names
+    v = model.decoder.layers[1].encoder_attn.v_proj
+    torch.nn.init.zeros_(v.weight[:4])
+    kill_heads(model, {name: dead for name, dead in DEAD.items() if "1.encoder_attn" not in name})
+    tokens = torch.randint(4, 14, (3, 7), generator=torch.manual_seed(0))
+    batch = (tokens, torch.tensor([7, 7, 7]), tokens.flip(1))
+    alignments = model.eval()(*batch)[1]["attn"][0]
+    assert float(alignments.std()) > 0.01
+    for uniform in (False, True):
+        result = compact(checkpoint_of(model, args), uniform=uniform)
+        assert result.heads == (
+            {} if uniform else {"encoder": [1, 0], "decoder": [0, 2], "cross": [1, 2]}
+        )
+        assert result.arch == ("transformer_align" if uniform else "transformer_align_autosize")
+        small = model_in(result.checkpoint)
+        assert_same_function(model, result.checkpoint)
+        torch.testing.assert_close(small(*batch)[1]["attn"][0], alignments, rtol=0, atol=1e-6)
 
 
 def test_language_model_without_heads():

@@ -85,7 +85,8 @@ def folder(tmp_path):
     write_checkpoint(checkpoint_of(model, args), path / "checkpoint_last.pt")
     (path / "train.log").write_text(JSON)
     (path / "test.out").write_text(
-        "H-0\t-1\tx\nGenerate test with beam=5: BLEU4 = 31.25, 60.0/40.0/30.0/20.0 (BP=1.000)\n"
+        "H-0\t-1\tx\n... | Translated 1,000 sentences (12,345 tokens) in 7.9s "
+        "(126.50 sentences/s, 1563.21 tokens/s)\nGenerate test with beam=5: BLEU4 = 31.25, 60.0/40.0/30.0/20.0 (BP=1.000)\n"
     )
     return path
 
@@ -99,13 +100,13 @@ def test_the_page_has_it_all_and_needs_nothing_else(folder, tmp_path, capsys):
     rows = re.findall(r"<tr>(.*?)</tr>", text, re.S)
     cells = [re.sub(r"<[^>]+>", " ", row).split() for row in rows]
     assert cells[1][:5] == ["half", "20", "25", "of", "44"]
-    assert "31.2" in cells[1] and "8.250" in cells[1]
+    assert "31.2" in cells[1] and "8.250" in cells[1] and "1,563" in cells[1]
     assert ["encoder-ffn", "12", "3", "12"] in cells and ["decoder-ffn", "10", "0", "10"] in cells
     assert "fairseq-train DATA --prox l21" in text and "Ours &amp; &lt;theirs&gt;" in text
     # All that a browser would fetch is in the page.
     assert not re.search(r"""(src|href)=["'](?!data:)|url\(|@import|<script""", text)
     figures = text.count("data:image/svg+xml")
-    assert figures == len(list(plots.glob("*.png"))) == 7
+    assert figures == len(list(plots.glob("*.png"))) == 8
     assert all(plot.read_bytes().startswith(b"\x89PNG") for plot in plots.glob("*.png"))
 
 
@@ -175,12 +176,18 @@ def test_a_running_training_has_a_report(folder, tmp_path, capsys):
     assert "no checkpoint_last.pt yet" in text and "prox:l21|seed:1" in text
 
 
-def test_scores_of_an_experiment(folder, tmp_path):
+def test_a_run_of_a_grid(folder, tmp_path):
     score = {"BLEU": {"score": 12.34, "signature": "tok:13a"}}
-    (folder / "result.json").write_text(json.dumps({"scores": {"flickr": score}}))
+    score["rare"] = {"score": 10.0, "signature": "tok:13a", "lines": 7}
+    told = {"scores": {"flickr": score}, "tokens_per_second": {"flickr": 99.0, "valid": None}}
+    (folder / "result.json").write_text(json.dumps(told))
+    # The checkpoint that has these scores, not the last one.
+    (folder / "checkpoint_last.pt").rename(folder / "checkpoint_selected.pt")
+    (folder / "checkpoint_last.pt").write_bytes(b"other")
     assert main(["report", str(folder), "--output", str(tmp_path / "report.html")]) == 0
     text = (tmp_path / "report.html").read_text()
     assert "BLEU (flickr)" in text and "12.3" in text and "flickr: BLEU tok:13a" in text
+    assert "25 of 44" in text and "flickr: rare" not in text and "<td>99</td>" in text
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"scores": {"test": 3}}'])

@@ -1,8 +1,8 @@
 """fairseq's Transformers with a size of its own for each feed-forward layer and each attention.
 
-For each architecture of ``transformer`` and ``transformer_lm`` there is one with ``_autosize`` at
-the end of its name, such as ``transformer_iwslt_de_en_autosize``: the same defaults, and options
-for the widths and the numbers of heads, layer by layer, zero included.
+For each architecture of ``transformer``, ``transformer_align`` and ``transformer_lm`` there is one
+with ``_autosize`` at the end of its name, such as ``transformer_iwslt_de_en_autosize``: the same
+defaults, and options for the widths and the numbers of heads, layer by layer, zero included.
 """
 
 import warnings
@@ -18,6 +18,7 @@ from fairseq.models import (
     register_model_architecture,
 )
 from fairseq.models.transformer import TransformerModel
+from fairseq.models.transformer_align import TransformerAlignModel
 from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig
 from fairseq.modules import MultiheadAttention
 from fairseq.tasks import FairseqTask
@@ -37,9 +38,8 @@ _HELP_HEADS = (
 )
 
 
-@register_model("transformer_autosize")
-class TransformerAutosizeModel(TransformerModel):
-    """``transformer`` with ``--encoder-ffn-dims``, ``--encoder-head-counts`` and the like."""
+class _SizesMixin(TransformerModel):
+    """Adds ``--encoder-ffn-dims``, ``--encoder-head-counts`` and the like to a model."""
 
     @classmethod
     def hub_models(cls) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class TransformerAutosizeModel(TransformerModel):
 
     @classmethod
     def add_args(cls, parser: ArgumentParser) -> None:
-        """The options of ``transformer``, and a width per layer for each side."""
+        """The options of the stock model, and a width per layer for each side."""
         super().add_args(parser)
         for side in _SIDES:
             parser.add_argument(
@@ -61,7 +61,7 @@ class TransformerAutosizeModel(TransformerModel):
             )
 
     @classmethod
-    def build_model(cls, args: Namespace, task: FairseqTask) -> "TransformerAutosizeModel":
+    def build_model(cls, args: Namespace, task: FairseqTask) -> TransformerModel:
         """Build the stock model, and then the blocks of the sizes asked for."""
         # Before the stock class forgets them; it changes the number of layers for these.
         kept = {side: getattr(args, f"{side}_layers_to_keep", None) for side in _SIDES}
@@ -69,6 +69,16 @@ class TransformerAutosizeModel(TransformerModel):
         for side in _SIDES:
             _resize(args, side, getattr(model, side), kept[side])
         return model
+
+
+@register_model("transformer_autosize")
+class TransformerAutosizeModel(_SizesMixin, TransformerModel):
+    """``transformer`` with a size of its own for each layer."""
+
+
+@register_model("transformer_align_autosize")
+class TransformerAlignAutosizeModel(_SizesMixin, TransformerAlignModel):
+    """``transformer_align`` with a size of its own for each layer."""
 
 
 @dataclass
@@ -212,7 +222,7 @@ class PrunedAttention(MultiheadAttention):
 
 def _register_architectures() -> None:
     """For every stock architecture ``X`` one with the same defaults, ``X_autosize``."""
-    for stock in ("transformer", "transformer_lm"):
+    for stock in ("transformer", "transformer_align", "transformer_lm"):
         known = ARCH_MODEL_INV_REGISTRY.get(f"{stock}_autosize", [])
         for arch in ARCH_MODEL_INV_REGISTRY[stock]:
             if f"{arch}_autosize" not in known:

@@ -2,11 +2,12 @@
 
 import itertools
 import logging
+import math
 import os
 import shlex
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property
 from types import MappingProxyType
@@ -71,6 +72,9 @@ class AutosizeMixin(FairseqTask):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         tell_errors_in_one_line()
         super().__init__(*args, **kwargs)
+        if self.cfg is None:  # a legacy task's settings, maybe out of stock fairseq's checkpoint
+            for name in _OPTIONS:
+                setattr(self.args, name, getattr(self.args, name, getattr(AutosizeConfig, name)))
         self.settings = Settings.from_config(self._task_config)
 
     @property
@@ -285,21 +289,22 @@ class AutosizeMixin(FairseqTask):
             logger.warning("frozen, so not auto-sized: %s", ", ".join(proximal.frozen_blocks))
         before = self._restored if self._proximal is None else self._proximal.state()
         proximal.restore(before)
-        self._set_goal(proximal, model)
+        proximal.goals = self._goals(proximal.blocks, model)
         keys = dict.fromkeys(key for block in self._blocks for key in _meter_keys(block))
         self._meters = (
             *(f"{key}_{state}" for key in keys for state in ("alive", "pruned")),
             "prox_threshold",
             "prox_penalty",
-            *(["prox_strength"] if proximal.goal is not None else []),
+            *(["prox_strength"] if proximal.goals else []),
         )
         self._log_start(proximal, update_num)
         return proximal
 
-    def _set_goal(self, proximal: ProximalOptimizer, model: nn.Module) -> None:
-        """Tell the optimizer how much has to die; what a compaction has removed counts as dead."""
+    def _goals(self, blocks: Sequence[Block], model: nn.Module) -> tuple[Goal, ...]:
+        """How much has to die; what a compaction has removed counts as dead."""
         settings = self.settings
-        groups = sum(block.count for block in proximal.blocks)
+        counts = [block.count for block in blocks]
+        groups = sum(counts)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         if self._totals is None:
             same = self._restored.get("prox_groups") == ",".join(settings.groups)
@@ -309,13 +314,20 @@ class AutosizeMixin(FairseqTask):
                 restored.get("prox_parameters_before", parameters),
             )
         groups_before, parameters_before = self._totals
+        if settings.target_by_layer and groups != groups_before:
+            raise ConfigError(
+                "--prox-target-scope layer: this model was compacted, and how wide each of its "
+                "layers was is not known any more; use --prox-target-scope model"
+            )
         if settings.target_sparsity is not None:
-            amount = round(settings.target_sparsity * groups_before) - (groups_before - groups)
-            proximal.goal = Goal(amount, (1,) * len(proximal.blocks))
-        elif settings.target_parameters is not None:
+            share = settings.target_sparsity
+            if settings.target_by_layer:
+                return tuple(Goal(round(share * count), (1,)) for count in counts)
+            amount = round(share * groups_before) - (groups_before - groups)
+            return (Goal(amount, (1,) * len(blocks)),)
+        if settings.target_parameters is not None:
             share = settings.target_parameters
-            costs = tuple(block.parameters_per_group() for block in proximal.blocks)
-            counts = (block.count for block in proximal.blocks)
+            costs = tuple(block.parameters_per_group() for block in blocks)
             largest = sum(cost * count for cost, count in zip(costs, counts, strict=True))
             amount = share * parameters_before - (parameters_before - parameters)
             if amount > largest:
@@ -325,7 +337,11 @@ class AutosizeMixin(FairseqTask):
                     f"{','.join(settings.groups)} have {most:.3f} of the model's parameters; ask "
                     "for less, add groups, or make the embeddings smaller"
                 )
-            proximal.goal = Goal(amount, costs)
+            if settings.target_by_layer:
+                numbers = [math.ceil(round(count * amount / largest, 6)) for count in counts]
+                return tuple(Goal(number, (1,)) for number in numbers)
+            return (Goal(amount, costs),)
+        return ()
 
     def _log_start(self, proximal: ProximalOptimizer, update_num: int) -> None:
         """Say what is being shrunk, how long a neuron lives, and the settings in one line."""
@@ -340,23 +356,20 @@ class AutosizeMixin(FairseqTask):
             )
         parts = self._description()
         number = sum(block.count for block in proximal.blocks)
-        if proximal.goal is None:
+        if not proximal.goals:
             logger.info("%d groups (%s); strength %g", number, parts, self._strength)
             if not self.settings.adam_metric:  # which comes with the first gradients
                 logger.info(self._lifetime(proximal, update_num))
         else:
-            wanted = self.settings.target_sparsity
             logger.info(
                 "%d groups (%s); %s after %d updates",
                 number,
                 parts,
-                f"{proximal.goal.amount:d} of them dead"
-                if wanted is not None
-                else f"{proximal.goal.amount:,.0f} parameters removable",
+                self._wanted(proximal.goals),
                 self._freeze_update(),
             )
         freeze = self._freeze_update() or 0
-        if proximal.goal is not None and 0 < self._max_update < freeze:
+        if proximal.goals and 0 < self._max_update < freeze:
             logger.warning(
                 "--max-update %d ends this run before --prox-freeze-update %d, when the target is "
                 "reached; resume it with more updates",
@@ -365,6 +378,15 @@ class AutosizeMixin(FairseqTask):
             )
         logger.info("signature: %s", self._signature())
         logger.info("command: %s", shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]))
+
+    def _wanted(self, goals: Sequence[Goal]) -> str:
+        """What is to be gone at the freeze."""
+        if self.settings.target_by_layer:
+            numbers = " ".join(str(goal.amount) for goal in goals)
+            return f"{numbers} of them dead, layer by layer,"
+        if self.settings.target_sparsity is not None:
+            return f"{goals[0].amount:d} of them dead"
+        return f"{goals[0].amount:,.0f} parameters removable"
 
     def _description(self) -> str:
         """What the groups consist of."""

@@ -1,0 +1,110 @@
+"""The figures of docs/: what died when and where, and size against quality."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+
+Result = Mapping[str, Any]
+COLOURS = pyplot.get_cmap("tab20").colors
+
+
+def save(path: Path, axes: Axes, title: str, xlabel: str, ylabel: str, **options: Any) -> None:
+    """Label a figure, write it as PNG and close it."""
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel, **options)
+    axes.grid(alpha=0.3)
+    handles, _ = axes.get_legend_handles_labels()
+    if handles:
+        axes.legend(frameon=False, fontsize="small", ncols=2)
+    axes.figure.savefig(path, dpi=120)
+    pyplot.close(axes.figure)
+
+
+def canvas() -> Axes:
+    """Axes of a figure of the pages' width."""
+    _, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
+    return axes
+
+
+def alive_over_updates(results: Mapping[str, Result], title: str, path: Path) -> bool:
+    """Neurons alive over the updates, for the runs that have a prox; whether there is one."""
+    axes = canvas()
+    for number, (run, result) in enumerate(results.items()):
+        points = [
+            (p["update"], p["neurons_alive"]) for p in result["history"] if "neurons_alive" in p
+        ]
+        if points:
+            style = "--" if "linf1" in run else "-"
+            axes.plot(
+                *zip(*sorted(points), strict=True), style, label=run, color=COLOURS[number % 20]
+            )
+    found = bool(axes.lines)
+    save(path, axes, title, "updates", "neurons alive", ylim=(0, None)) if found else pyplot.close()
+    return found
+
+
+def alive_by_layer(results: Mapping[str, Result], title: str, path: Path) -> None:
+    """Neurons that are left against depth, encoder and decoder side by side."""
+    figure, both = pyplot.subplots(1, 2, figsize=(6.4, 3.2), sharey=True, layout="constrained")
+    sized = {
+        run: result
+        for run, result in results.items()
+        if any(layer["pruned"] for layer in result["neurons"]["layers"])
+    }
+    for axes, side in zip(both, ("encoder", "decoder"), strict=True):
+        for number, (run, result) in enumerate(sized.items()):
+            layers = result["neurons"]["layers"]
+            alive = [layer["alive"] for layer in layers if layer["name"].startswith(side)]
+            depth = range(1, len(alive) + 1)
+            axes.plot(depth, alive, "o-", label=run, color=COLOURS[number % 20])
+            axes.set(title=side, xlabel="layer", xticks=depth)
+        axes.grid(alpha=0.3)
+    both[0].set_ylim(0, None)  # shared, so only once all is drawn
+    both[0].set_ylabel("neurons alive")
+    figure.suptitle(title)
+    handles, labels = both[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize="small"
+    )
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def size_against_bleu(
+    groups: Mapping[str, Sequence[Result]], split: str, title: str, path: Path
+) -> None:
+    """BLEU against the parameters left, a point a run (the mean of its seeds, and their range)."""
+    axes = canvas()
+    for number, (run, results) in enumerate(groups.items()):
+        scores = [result["scores"][split]["BLEU"]["score"] for result in results]
+        millions = mean(result["neurons"]["parameters"]["compact"] for result in results) / 1e6
+        middle = mean(scores)
+        spread = [[middle - min(scores)], [max(scores) - middle]]
+        marker = "o" if any(n["neurons"]["ffn_neurons"]["pruned"] for n in results) else "s"
+        colour = COLOURS[number % 20]
+        axes.errorbar(millions, middle, spread, fmt=marker, color=colour, label=run, capsize=3)
+    save(path, axes, title, "parameters left, millions", f"BLEU ({split})", xlim=(0, None))
+
+
+def bleu_against_strength(
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    levels: Mapping[str, float],
+    split: str,
+    title: str,
+    path: Path,
+) -> None:
+    """BLEU against λ, a line an operator; models without a prox as horizontal lines.
+
+    Args:
+        points: operator -> (λ as a multiple of the operator's default, BLEU).
+        levels: name -> BLEU.
+    """
+    axes = canvas()
+    for operator, line in points.items():
+        axes.plot(*zip(*sorted(line), strict=True), "o-", label=operator)
+    for number, (name, score) in enumerate(levels.items()):
+        axes.axhline(score, color=str(0.3 + 0.2 * number), linestyle=":", label=name)
+    save(path, axes, title, "λ, in units of the operator's default", f"BLEU ({split})")

@@ -1,0 +1,388 @@
+#!/usr/bin/env python3
+"""Train, translate and score a grid of settings, data sets and seeds that a YAML file describes.
+
+    python scripts/grid.py GRID.yaml [OVERRIDE...]
+
+GRID.yaml is a configuration of Hydra that begins with `defaults: [base, _self_]` (scripts/grids has
+base.yaml and examples; docs/experiments.md explains them), OVERRIDEs are Hydra's: `run=dense,l21`
+`seed=1,2,3` `hydra.launcher.n_jobs=4`. Hydra's launchers run it on this machine (joblib) or on
+a Slurm cluster (submitit), its Optuna sweeper searches instead of trying everything.
+
+Each run has a folder OUTPUT/DATA/RUN/seed-N with its settings, logs, a checkpoint, its
+translations and result.json. Finished runs are not repeated, interrupted ones go on where they
+were, and one that fails does not stop the others. OUTPUT/results.json collects all.
+"""
+
+import json
+import logging
+import math
+import os
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pipeline
+import portalocker
+from benchmark_operators import cpu_name
+from grid_results import collect, sentence_groups, table
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+from pipeline import RunError
+from prepare_data import REMOVE_BPE
+
+from fairseq_autosize.checkpoint import read_checkpoint, writing
+from fairseq_autosize.report import count_neurons
+
+ROOT = Path(__file__).resolve().parent.parent
+GRIDS = Path(__file__).resolve().parent / "grids"
+PARTS = ("train", "generate", "select", "keep", "prune")
+SELECT, KEEP = ("best", "last"), ("selected", "all")
+
+ARGUMENTS = list(sys.argv[1:])  # as typed, before they become Hydra's
+
+logger = logging.getLogger("grid")
+
+
+def _share_of_updates(share: float, offset: int = 0, *, _root_: DictConfig) -> int:
+    return round(share * _root_.train["max-update"]) + offset
+
+
+OmegaConf.register_new_resolver("updates", _share_of_updates, replace=True)
+
+
+def settings_of(config: DictConfig) -> dict[str, Any]:
+    """What makes one run: the base, then the data set's own, then the run's own options.
+
+    Raises:
+        RunError: a name or key that does not exist; the message lists those that do.
+    """
+    config = config.copy()
+    OmegaConf.set_struct(config, False)
+    for kind, name in (("datasets", config.data), ("runs", config.run)):
+        if name not in config[kind]:
+            raise RunError(f"{kind} has no {name}, but {', '.join(config[kind])}")
+        own = config[kind][name] or {}
+        allowed = (*PARTS, "path") if kind == "datasets" else PARTS
+        if unknown := [key for key in own if key not in allowed]:
+            raise RunError(f"{kind}.{name}: no key {unknown[0]}, but {', '.join(allowed)}")
+        for key in own:
+            if key != "path":
+                OmegaConf.update(config, key, own._get_node(key), merge=True, force_add=True)
+    if not (path := config.datasets[config.data].get("path")):
+        raise RunError(f"datasets.{config.data}: no path of a folder made by prepare_data.py")
+    config.train.seed = config.seed
+    names = ("data", "run", "seed", *PARTS)
+    resolved = OmegaConf.to_container(config, resolve=True)
+    for key, choices in (("select", SELECT), ("keep", KEEP)):
+        if resolved[key] not in choices:
+            raise RunError(f"{key} {resolved[key]}: must be one of {', '.join(choices)}")
+    return {"path": str(path)} | {name: resolved[name] for name in names}
+
+
+def options(chosen: Mapping[str, Any]) -> list[str]:
+    """Command-line options of a mapping: true is a flag; false and null leave one out."""
+    words = []
+    for name, value in chosen.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value is not None and value is not False:
+            words += [f"--{name}", str(value)]
+    return words
+
+
+def shown(command: Sequence[str]) -> str:
+    """A command as people would type it where they are."""
+    here = f"{Path.cwd()}{os.sep}"
+    names = {sys.executable: "python", str(pipeline.USER_DIR): pipeline.USER_DIR.name}
+    return shlex.join([names.get(word, word).removeprefix(here) for word in command])
+
+
+class Run:
+    """One run in its folder: train, choose a checkpoint, translate, score."""
+
+    def __init__(self, settings: dict[str, Any], folder: Path) -> None:
+        self.settings, self.folder = settings, folder
+        self.data = Path(settings["path"])
+        if not (self.data / "prepare.json").is_file():
+            raise RunError(f"{self.data}: no prepare.json there; make it with prepare_data.py")
+        self.record = json.loads((self.data / "prepare.json").read_text())
+
+    def perform(self) -> dict[str, Any]:
+        """Do what is still to do; returns what is in result.json."""
+        result_file = self.folder / "result.json"
+        self._claim()
+        if result_file.exists():
+            return json.loads(result_file.read_text())
+        trained = self.folder / "trained.json"
+        if not trained.exists():
+            write_json(trained, self._train())
+        checkpoint = self._select()
+        result = {
+            **self.settings,
+            "target": self.record["languages"][1],
+            "git": pipeline.git_state(ROOT),
+            "versions": pipeline.versions(),
+            "processor": cpu_name(),
+            **json.loads(trained.read_text()),
+            **checkpoint,
+            "neurons": count_neurons(read_checkpoint(self.folder / "checkpoint_selected.pt")),
+            "history": pipeline.history(self.folder / "train.log"),
+            "scores": {},
+            "tokens_per_second": {},
+        }
+        for subset, split in {"valid": "valid", **self.record["gen_subsets"]}.items():
+            result["scores"][split], speed = self._translate(subset, split)
+            result["tokens_per_second"][split] = speed
+        write_json(result_file, result)
+        if self.settings["keep"] == "selected":
+            for path in self.folder.glob("checkpoint*.pt"):
+                if path.name != "checkpoint_selected.pt":
+                    path.unlink()
+        return result
+
+    def _claim(self) -> None:
+        """Note the settings in the folder, or see that it has the same."""
+        noted = self.folder / "settings.json"
+        if noted.exists() and json.loads(noted.read_text()) != self.settings:
+            raise RunError(f"{noted} has other settings; choose another output, or remove it")
+        write_json(noted, self.settings)
+
+    def _corpus(self) -> list[str]:
+        source, target = self.record["languages"]
+        languages = ["--source-lang", source, "--target-lang", target]
+        cpu = ["--cpu"] if self.settings["train"].get("cpu") else []
+        user_dir = ["--user-dir", str(pipeline.USER_DIR)]
+        return [str(self.data / "data-bin"), *languages, *user_dir, *cpu]
+
+    def _train(self) -> dict[str, Any]:
+        chosen = dict(self.settings["train"])
+        chosen.pop("cpu", None)
+        # A checkpoint at each validation, and none at the epochs' ends.
+        chosen |= {"save-interval-updates": chosen["validate-interval-updates"]}
+        chosen |= {"save-interval": 10**6, "validate-interval": 10**6, "log-format": "json"}
+        program = [sys.executable, "-m", "fairseq_cli.train", *self._corpus()]
+        program += ["--save-dir", str(self.folder)]
+        begun = (self.folder / "train.log").exists()
+        seconds = [0.0, 0.0]
+        commands = []
+
+        def train(own: Mapping[str, Any]) -> None:
+            nonlocal seconds
+            commands.append([*program, *options(chosen | own)])
+            log = self.folder / "train.log"
+            used = pipeline.execute(commands[-1], log, append=log.exists())
+            seconds = [a + b for a, b in zip(seconds, used, strict=True)]
+
+        if prune := self.settings["prune"]:
+            if not (self.folder / "pruned.json").exists():
+                train({"max-update": prune["update"]})
+                commands.append(self._prune(prune))
+            train({"prox": "l21", "prox-strength": 0, "prox-freeze-update": prune["update"]})
+        else:
+            train({})
+        return {
+            "commands": [shown(command) for command in commands],
+            # An interrupted run does not know how long its first part took.
+            "train_cpu_seconds": None if begun else round(seconds[0], 1),
+            "train_wall_seconds": None if begun else round(seconds[1], 1),
+        }
+
+    def _prune(self, prune: Mapping[str, Any]) -> list[str]:
+        """Zero neurons of the last checkpoint with another tool, from which training goes on."""
+        script = Path(__file__).parent / f"prune_with_{prune['method'].replace('-', '_')}.py"
+        if not script.is_file():
+            raise RunError(f"prune.method {prune['method']}: there is no {script}")
+        last, pruned = self.folder / "checkpoint_last.pt", self.folder / "checkpoint_pruned.pt"
+        command = [sys.executable, str(script), str(last), str(pruned)]
+        command += ["--sparsity", str(prune["sparsity"])]
+        pipeline.execute(command, self.folder / "prune.log")
+        for unpruned in self.folder.glob("checkpoint_*_*.pt"):  # none of them to be selected
+            unpruned.unlink()
+        os.replace(pruned, last)
+        write_json(self.folder / "pruned.json", prune)
+        return command
+
+    def _select(self) -> dict[str, Any]:
+        """Choose a checkpoint and give it a name of its own; returns its update and loss."""
+        losses = {
+            point["update"]: point["valid_loss"]
+            for point in pipeline.history(self.folder / "train.log")
+            if "valid_loss" in point
+        }
+        saved = {}
+        for path in self.folder.glob("checkpoint_*_*.pt"):
+            update = int(path.stem.rsplit("_", 1)[1])
+            if update in losses and math.isfinite(losses[update]):
+                saved[update] = path
+        sized_from = self._sized_from()
+        final = [update for update in saved if update >= sized_from]
+        if not final:
+            raise RunError(
+                f"{self.folder}: no checkpoint with a validation loss at update {sized_from} or "
+                "later; is validate-interval-updates too large?"
+            )
+        by = (lambda update: losses[update]) if self.settings["select"] == "best" else lambda u: -u
+        update = min(final, key=by)
+        with writing(self.folder / "checkpoint_selected.pt", force=True) as beside:
+            beside.write(saved[update].read_bytes())
+        return {"selected_update": update, "valid_loss": losses[update]}
+
+    def _sized_from(self) -> int:
+        """The update from which on the model has its final size."""
+        frozen = pipeline.frozen_at(self.folder / "train.log")
+        if frozen is not None:
+            return frozen
+        shrinks = self.settings["train"].get("prox", "none") != "none"
+        return self.settings["train"]["max-update"] if shrinks else 0
+
+    def _translate(self, subset: str, split: str) -> tuple[dict[str, Any], float | None]:
+        """Scores of a data set, and tokens per second."""
+        log, text = self.folder / f"{split}.out", self.folder / f"{split}.txt"
+        command = [sys.executable, "-m", "fairseq_cli.generate", *self._corpus()]
+        command += ["--path", str(self.folder / "checkpoint_selected.pt"), "--gen-subset", subset]
+        command += shlex.split(REMOVE_BPE[self.record["bpe"]])
+        pipeline.execute([*command, *options(self.settings["generate"])], log)
+        target = self.record["languages"][1]
+        references = pipeline.lines_of(self.data / "raw" / f"{split}.{target}")
+        translations = pipeline.hypotheses(log, len(references))
+        text.write_text("".join(f"{line}\n" for line in translations), encoding="utf-8")
+        speed = pipeline.tokens_per_second(log)
+        log.unlink()
+        found = pipeline.scores(translations, references)
+        training = pipeline.lines_of(self.data / "raw" / f"train.{target}")
+        for name, lines in sentence_groups(references, training).items():
+            if lines:
+                part = [[texts[line] for line in lines] for texts in (translations, references)]
+                found[name] = {"lines": len(lines)} | pipeline.scores(*part)["BLEU"]
+        return found, speed
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, which is then there as a whole or not at all."""
+    with writing(path, force=True) as beside:
+        beside.write(json.dumps(content, indent=1).encode() + b"\n")
+
+
+@hydra.main(version_base="1.3", config_path=str(GRIDS), config_name="base")
+def job(config: DictConfig) -> float:
+    """One run of the grid; returns its validation loss, for a search (infinity if it failed)."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    failed = folder / "failed.json"
+    try:
+        with portalocker.Lock(folder / "lock", fail_when_locked=True):
+            failed.unlink(missing_ok=True)
+            return Run(settings_of(config), folder).perform()["valid_loss"]
+    except portalocker.AlreadyLocked:
+        logger.warning("another process is at it; left alone")
+        return math.inf
+    except Exception as error:  # one run's failure must not take the others with it
+        known = isinstance(error, RunError | OSError)
+        logger.error("failed: %s", error, exc_info=not known)
+        write_json(failed, {"error": f"{error}" if known else f"{type(error).__name__}: {error}"})
+        return math.inf
+
+
+def progress(folder: Path) -> tuple[str, str]:
+    """State of a run (running, done, failed) and a few words on it."""
+    if (folder / "failed.json").exists():
+        return "failed", json.loads((folder / "failed.json").read_text())["error"]
+    if (folder / "result.json").exists():
+        result = json.loads((folder / "result.json").read_text())
+        bleu = {s: found["BLEU"]["score"] for s, found in result["scores"].items()}
+        return "done", ", ".join(f"{split} {score:.1f} BLEU" for split, score in bleu.items())
+    if (folder / "trained.json").exists():
+        return "running", "translating"
+    points = pipeline.history(folder / "train.log") if (folder / "train.log").exists() else []
+    told = points[-1] if points else {}
+    aim = json.loads((folder / "settings.json").read_text())["train"]["max-update"]
+    alive = f", {told['neurons_alive']:.0f} neurons alive" if "neurons_alive" in told else ""
+    return "running", f"update {told.get('update', 0)} of {aim}{alive}"
+
+
+def folders(output: Path) -> Iterator[Path]:
+    """Folders of runs that have begun, or have failed to."""
+    yield from sorted({path.parent for path in output.rglob("settings.json")} | failures(output))
+
+
+def failures(output: Path) -> set[Path]:
+    """Folders of runs that failed."""
+    return {path.parent for path in output.rglob("failed.json")}
+
+
+class Watch(Callback):
+    """Tells how the runs are doing while Hydra's launcher waits, and collects them at the end."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Begin to watch, from a thread of this process."""
+        output = Path(config.hydra.sweep.dir)
+        threading.Thread(target=watch, args=[output], daemon=True).start()
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Collect what there is; the status is 1 if a run has failed."""
+        output = Path(config.hydra.sweep.dir)
+        results = [folder for folder in folders(output) if (folder / "result.json").exists()]
+        if results:
+            command = shlex.join(["python", "scripts/grid.py", *ARGUMENTS])
+            summary = {"command": command} | collect(output, results, list(config.baselines))
+            write_json(output / "results.json", summary)
+            print(f"{table(summary)}\n\nall results: {output / 'results.json'}")
+        for folder in (failed := sorted(failures(output))):
+            print(f"failed: {folder}: {progress(folder)[1]}", file=sys.stderr)
+        if failed:
+            sys.exit(1)
+
+
+def watch(output: Path, pause: float = 2.0) -> None:
+    """Show a table on a terminal, and one line for each run that ends elsewhere."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.table import Table
+
+    console = Console(stderr=True)
+    known: dict[Path, str] = {}
+
+    def look() -> Table:
+        table = Table("run", "state", "", box=None, pad_edge=False)
+        for folder in folders(output):
+            state, words = progress(folder)
+            table.add_row(str(folder.relative_to(output)), state, words)
+            if known.get(folder) != state and not console.is_terminal:
+                console.print(f"{folder.relative_to(output)}: {state}, {words}", soft_wrap=True)
+            known[folder] = state
+        return table
+
+    with Live(look(), console=console, auto_refresh=False) as live:
+        while True:
+            time.sleep(pause)
+            live.update(look(), refresh=console.is_terminal)
+
+
+def hydra_arguments(words: list[str]) -> list[str]:
+    """GRID.yaml as Hydra's options: the folder to look in, and the name."""
+    if words and words[0].endswith((".yaml", ".yml")):
+        grid = Path(words[0])
+        if not grid.is_file():
+            print(f"grid.py: error: {grid}: no such file", file=sys.stderr)
+            sys.exit(2)
+        where = ["--config-dir", str(grid.resolve().parent), "--config-name", grid.stem]
+        return [*where, *words[1:]]
+    return words
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(__doc__)
+        sys.exit(0 if len(sys.argv) > 1 else 2)
+    for noisy in ("hydra", "sacrebleu", "git"):  # fairseq has opened the root logger wide
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    # Jobs of submitit are new processes that look for this folder's modules.
+    paths = [str(GRIDS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    sys.argv[1:] = hydra_arguments(sys.argv[1:])
+    job()

@@ -1,0 +1,154 @@
+"""What a grid gives: all runs' results, paired bootstrap tests against the baselines, tables."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import benchmark_operators
+import pipeline
+from sacrebleu.metrics import BLEU
+from sacrebleu.significance import PairedTest
+
+RARE = 5  # a word is rare if the training set has it at most so often
+SAMPLES = 1000  # of the bootstrap
+
+
+def sentence_groups(references: list[str], training: Iterable[str]) -> dict[str, list[int]]:
+    """Line numbers of the sentences that pruned models are said to translate worse.
+
+    Returns:
+        ``rare``: the reference has a word that the training set has at most 5 times, or not at
+        all; ``long``: the quarter with the most words.
+    """
+    counts = Counter(word for line in training for word in line.split())
+    words = [line.split() for line in references]
+    rare = [n for n, line in enumerate(words) if any(counts[word] <= RARE for word in line)]
+    by_length = sorted(range(len(words)), key=lambda n: -len(words[n]))
+    return {"rare": rare, "long": sorted(by_length[: len(words) // 4])}
+
+
+def collect(output: Path, folders: Iterable[Path], baselines: Sequence[str]) -> dict[str, Any]:
+    """All runs' results, and how they differ from the baselines; plain data for a JSON file."""
+    results = [
+        json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        | {"folder": str(folder.relative_to(output))}
+        for folder in folders
+    ]
+    comparisons = [found for base in baselines for found in _compare(output, results, base)]
+    return {"kind": "grid", "comparisons": comparisons, "results": results}
+
+
+def _compare(output: Path, results: Sequence[Mapping[str, Any]], baseline: str) -> list[dict]:
+    """Every run against a baseline on every data set and split.
+
+    The seeds that both have are taken together: their translations one after the other, as one
+    test set. Each entry has data, split, run, baseline, seeds, the mean difference of BLEU and
+    p (two-sided).
+    """
+    by_key = {(result["data"], result["run"], result["seed"]): result for result in results}
+    found = []
+    for data, run in dict.fromkeys((data, run) for data, run, _ in by_key):
+        pairs = {
+            seed: (result, by_key[data, baseline, seed])
+            for (d, r, seed), result in by_key.items()
+            if (d, r) == (data, run) and run != baseline and (data, baseline, seed) in by_key
+        }
+        splits = next(iter(pairs.values()))[0]["scores"] if pairs else ()
+        for split in splits:
+            sides = list(zip(*pairs.values(), strict=True))
+            ours, theirs = (
+                mean(result["scores"][split]["BLEU"]["score"] for result in side) for side in sides
+            )
+            entry = {"data": data, "split": split, "run": run, "baseline": baseline}
+            p = _p_value(output, *sides, split)
+            found.append(
+                entry | {"seeds": sorted(pairs), "difference": round(ours - theirs, 2), "p": p}
+            )
+    return found
+
+
+def _p_value(output: Path, ours: Sequence, theirs: Sequence, split: str) -> float:
+    def lines(path: str | Path) -> list[str]:
+        return pipeline.lines_of(Path(path))
+
+    systems = [
+        (name, [line for run in runs for line in lines(output / run["folder"] / f"{split}.txt")])
+        for name, runs in (("baseline", theirs), ("system", ours))
+    ]
+    raw = Path(ours[0]["path"]) / "raw" / f"{split}.{ours[0]['target']}"
+    if systems[0][1] == systems[1][1]:
+        return 1.0  # sacrebleu calls a difference of exactly nothing significant
+    references = [lines(raw) * len(ours)]
+    test = PairedTest(systems, {"BLEU": BLEU()}, references, "bs", n_samples=SAMPLES)
+    return float(test()[1]["BLEU"][1].p_value)
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """Markdown: a row for each run on each data set, the best on the validation set first.
+
+    BLEU of several seeds is their mean, with the single values behind it.
+    """
+    rows = []
+    for (data, run), results in _by_run(summary["results"]):
+        neurons = [result["neurons"]["ffn_neurons"] for result in results]
+        pruned = [100 * n["pruned"] / n["total"] if n["total"] else 0.0 for n in neurons]
+        left = [result["neurons"]["parameters"]["compact"] for result in results]
+        row = {
+            "data": data,
+            "run": run,
+            "seeds": len(results),
+            "pruned": f"{mean(pruned):.1f} %",
+            "parameters left": f"{mean(left):,.0f}",
+            "validation loss": values([result["valid_loss"] for result in results], 3),
+        }
+        for split in results[0]["scores"]:
+            row[f"BLEU {split}"] = values([r["scores"][split]["BLEU"]["score"] for r in results], 1)
+        for found in summary["comparisons"]:
+            if (found["data"], found["run"]) == (data, run) and found["split"] == "test":
+                difference = f"{found['difference']:+.1f} (p {found['p']:.3f})"
+                row[f"test against {found['baseline']}"] = difference
+        rows.append(row)
+    return benchmark_operators.table(rows)
+
+
+def parts_table(summary: Mapping[str, Any]) -> str:
+    """Markdown: BLEU on the test sentences with rare words, on long ones, and how many they are."""
+    rows = []
+    for (data, run), results in _by_run(summary["results"]):
+        row = {"data": data, "run": run}
+        for name in ("rare", "long"):
+            parts = [result["scores"]["test"].get(name) for result in results]
+            if all(parts):
+                column = f"BLEU, {parts[0]['lines']} {name} sentences"
+                row[column] = values([part["score"] for part in parts], 1)
+        rows.append(row)
+    return benchmark_operators.table(rows)
+
+
+def _by_run(
+    results: Sequence[Mapping[str, Any]],
+) -> list[tuple[tuple[str, str], list[Mapping[str, Any]]]]:
+    """(data, name) with the results of all seeds; by data, then the best validation BLEU first."""
+    keys = Counter((result["data"], result["run"], result["seed"]) for result in results)
+    runs: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for result in results:
+        # The trials of a search have the same names; only their folders tell them apart.
+        alone = keys[result["data"], result["run"], result["seed"]] == 1
+        name = result["run"] if alone else result["folder"]
+        runs.setdefault((result["data"], name), []).append(result)
+    return sorted(runs.items(), key=lambda item: _order(item[1]))
+
+
+def _order(results: Sequence[Mapping[str, Any]]) -> tuple[str, float]:
+    """By data, then BLEU of the first split, which is the validation set: best first."""
+    split = next(iter(results[0]["scores"]))
+    return results[0]["data"], -mean(r["scores"][split]["BLEU"]["score"] for r in results)
+
+
+def values(numbers: Sequence[float], digits: int) -> str:
+    """A mean, and the single values in parentheses where there are several."""
+    single = " ".join(f"{number:.{digits}f}" for number in numbers)
+    return f"{mean(numbers):.{digits}f}" + (f" ({single})" if len(numbers) > 1 else "")

@@ -1,0 +1,119 @@
+"""What grid.py and experiment.py share: run a program, read what it wrote, score it."""
+
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import sacrebleu
+
+import fairseq_autosize
+from fairseq_autosize.training_log import TrainingLog
+
+USER_DIR = Path(fairseq_autosize.__file__).parent
+
+
+class RunError(Exception):
+    """A setting or a command that failed; the message says which and where its log is."""
+
+
+def execute(command: Sequence[str], log: Path, append: bool = False) -> tuple[float, float]:
+    """Run a command with its output in a file.
+
+    Returns:
+        Its CPU seconds (user and system) and wall seconds.
+
+    Raises:
+        RunError: it ended with another status than 0.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    start = time.monotonic()
+    with log.open("a" if append else "w") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        told = log.read_text(errors="replace").strip().rpartition("\n")[2]
+        raise RunError(f"exit {process.returncode}, see the end of {log}: {told[:300]}")
+    return usage.ru_utime + usage.ru_stime, time.monotonic() - start
+
+
+def hypotheses(log: Path, lines: int) -> list[str]:
+    """The best translations in fairseq-generate's output, in the order of the corpus.
+
+    Raises:
+        RunError: they are not as many as the corpus has lines; fairseq drops batches silently.
+    """
+    found = {}
+    for line in log.read_text(encoding="utf-8").splitlines():
+        if match := re.match(r"H-(\d+)\t[^\t]*\t(.*)", line):
+            found[int(match[1])] = match[2]
+    if len(found) != lines:
+        raise RunError(f"{log}: {len(found)} translations of {lines} lines")
+    return [found[index] for index in sorted(found)]
+
+
+def tokens_per_second(log: Path) -> float | None:
+    """Speed of translation, as fairseq-generate told it at its end."""
+    told = re.search(r"Translated .* ([\d.]+) tokens/s\)", log.read_text(encoding="utf-8"))
+    return float(told[1]) if told else None
+
+
+def history(log: Path) -> list[dict[str, float]]:
+    """Neurons alive and validation loss over the updates, from the training log."""
+    told = TrainingLog()
+    told.read(log)
+    points = []
+    for part, prefix in ((told.train, ""), (told.valid, "valid_")):
+        names = {"loss": f"{prefix}loss", "neurons_alive": "neurons_alive"}
+        points += [
+            {"update": update} | {new: values[old] for old, new in names.items() if old in values}
+            for update, values in part.items()
+        ]
+    return sorted(points, key=lambda point: point["update"])
+
+
+def frozen_at(log: Path) -> int | None:
+    """The update after which the dead neurons were frozen, from the training log."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    updates = [int(n) for n in re.findall(r"frozen after update (\d+):", text)]
+    return min(updates, default=None)  # a resumed run says it again
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of a text; only newlines end one."""
+    return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+
+
+def scores(translations: list[str], references: list[str]) -> dict[str, dict[str, Any]]:
+    """BLEU and chrF of a test set, each with its signature."""
+    found = {}
+    for metric in (sacrebleu.BLEU(), sacrebleu.CHRF()):
+        score = metric.corpus_score(translations, [references])
+        signature = str(metric.get_signature())
+        found[score.name] = {"score": round(score.score, 2), "signature": signature}
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Of what the results depend on."""
+    names = ("torch", "fairseq-fixed", "sacrebleu")
+    return {
+        "python": platform.python_version(),
+        "fairseq_autosize": fairseq_autosize.__version__,
+        **{name: version(name) for name in names},
+    }
+
+
+def git_state(folder: Path) -> str:
+    """The commit of a checkout, with "-dirty" if files differ from it; "none" outside of one."""
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    return found.stdout.strip() if found.returncode == 0 else "none"

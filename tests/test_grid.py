@@ -1,0 +1,249 @@
+"""scripts/grid.py: what a run's settings become, what a grid leaves behind, and how it fails."""
+
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+from hydra import compose, initialize_config_dir
+
+SCRIPTS = ROOT / "scripts"
+TINY = {
+    "activation-fn": "relu",
+    "max-update": 8,
+    "warmup-updates": 4,
+    "max-tokens": 400,
+    "validate-interval-updates": 2,
+    "log-interval": 1,
+    **{f"{side}-layers": 1 for side in ("encoder", "decoder")},
+    **{f"{side}-embed-dim": 16 for side in ("encoder", "decoder")},
+    **{f"{side}-ffn-embed-dim": 24 for side in ("encoder", "decoder")},
+    **{f"{side}-attention-heads": 2 for side in ("encoder", "decoder")},
+}
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPTS))
+        names = ("grid", "grid_results", "pipeline")
+        yield {name: importlib.import_module(name) for name in names}
+
+
+@pytest.fixture
+def grid(scripts):
+    return scripts["grid"]
+
+
+@pytest.fixture
+def grid_results(scripts):
+    return scripts["grid_results"]
+
+
+def composed(folder: Path, content: dict, *overrides: str):
+    (folder / "mine.yaml").write_text(yaml.safe_dump({"defaults": ["base", "_self_"], **content}))
+    search = f"hydra.searchpath=[file://{SCRIPTS / 'grids'}]"
+    with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
+        return compose("mine", overrides=[search, *overrides])
+
+
+GRID = {
+    "output": "out",
+    "datasets": {"a": {"path": "data/a", "train": {"max-update": 500, "dropout": 0.4}}},
+    "runs": {
+        "dense": None,
+        "late": {
+            "train": {
+                "prox": "l21",
+                "dropout": 0.2,
+                "prox-freeze-update": "${updates:0.8}",
+                "prox-start-update": "${updates:0.8,-1}",
+            },
+            "generate": {"beam": 2},
+            "select": "last",
+        },
+        "odd": {"trian": {}},
+        "chosen": {"select": "first"},
+    },
+}
+
+
+def test_a_run_overrides_its_data_set_and_that_the_base(grid, tmp_path):
+    config = composed(tmp_path, GRID, "data=a", "run=late", "seed=3", "train.lr=0.01")
+    settings = grid.settings_of(config)
+    train = settings["train"]
+    assert (train["max-update"], train["dropout"], train["lr"], train["seed"]) == (
+        500,
+        0.2,
+        0.01,
+        3,
+    )
+    assert (train["prox-freeze-update"], train["prox-start-update"]) == (400, 399)
+    assert (settings["generate"]["beam"], settings["select"]) == (2, "last")
+    dense = grid.settings_of(composed(tmp_path, GRID, "data=a", "run=dense"))
+    assert (dense["train"]["dropout"], dense["generate"]["beam"]) == (0.4, 5)
+    assert "prox" not in dense["train"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run=sparse", "runs has no sparse, but chosen, dense, late, odd"),
+        ("run=odd", "runs.odd: no key trian, but train, generate, select, keep, prune"),
+        ("run=chosen", "select first: must be one of best, last"),
+        ("datasets.a.path=null", "datasets.a: no path of a folder made by prepare_data.py"),
+        ("data=b", "datasets has no b, but a"),
+    ],
+)
+def test_wrong_names_are_told(grid, tmp_path, override, message):
+    config = composed(tmp_path, GRID, "data=a", "run=dense", override)
+    with pytest.raises(grid.RunError) as error:
+        grid.settings_of(config)
+    assert str(error.value) == message
+
+
+def test_options_of_a_mapping(grid):
+    chosen = {"arch": "transformer", "share-all-embeddings": True, "cpu": False, "lr": None, "n": 0}
+    words = ["--arch", "transformer", "--share-all-embeddings", "--n", "0"]
+    assert grid.options(chosen) == words
+
+
+def test_sentences_with_rare_words_and_long_ones(grid_results):
+    training = ["often"] * 6 + ["seldom"] * 5
+    references = ["often", "often seldom", "never often often", "often often often often"]
+    groups = grid_results.sentence_groups(references, training)
+    assert groups == {"rare": [1, 2], "long": [3]}
+
+
+@pytest.fixture
+def output(tmp_path):
+    """Translations of three runs: `base`, one much worse, and one that is the same."""
+    raw = tmp_path / "data" / "raw"
+    raw.mkdir(parents=True)
+    lines = [f"the cat number {n} sat on mat number {n + 1} today" for n in range(60)]
+    (raw / "test.en").write_text("".join(f"{line}\n" for line in lines))
+    for run, keep in (("base", 6), ("worse", 4), ("same", 6)):
+        for seed in (1, 2):
+            folder = tmp_path / "out" / "a" / run / f"seed-{seed}"
+            folder.mkdir(parents=True)
+            said = [" ".join(line.split()[: keep + (n + seed) % 3]) for n, line in enumerate(lines)]
+            (folder / "test.txt").write_text("".join(f"{line}\n" for line in said))
+            result = {
+                "data": "a",
+                "run": run,
+                "seed": seed,
+                "path": str(tmp_path / "data"),
+                "target": "en",
+                "valid_loss": 4.0,
+                "scores": {"test": {"BLEU": {"score": 10.0 * keep + seed}}},
+                "neurons": {
+                    "ffn_neurons": {"total": 8, "pruned": 8 - keep},
+                    "parameters": {"compact": 1000 * keep},
+                },
+            }
+            (folder / "result.json").write_text(json.dumps(result))
+    return tmp_path / "out"
+
+
+def test_collected_runs_are_compared_with_the_baselines(grid_results, output):
+    folders = sorted(path.parent for path in output.rglob("result.json"))
+    summary = grid_results.collect(output, folders, ["base", "absent"])
+    found = {entry["run"]: entry for entry in summary["comparisons"]}
+    assert set(found) == {"worse", "same"}
+    assert found["worse"]["difference"] == -20 and found["worse"]["seeds"] == [1, 2]
+    assert found["worse"]["p"] < 0.01 and found["same"]["p"] == 1
+    row = next(line for line in grid_results.table(summary).splitlines() if "| worse |" in line)
+    assert "| 2 | 50.0 % | 4,000 |" in row
+    assert "41.5 (41.0 42.0)" in row and "-20.0 (p 0.00" in row
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, corpus) -> Path:
+    """The tiny corpus, as prepare_data.py would leave it."""
+    folder = tmp_path_factory.mktemp("prepared")
+    (folder / "data-bin").symlink_to(corpus)
+    (folder / "raw").mkdir()
+    for split in ("train", "valid", "test"):
+        for language in ("xx", "yy"):
+            shutil.copy(corpus.parent / f"{split}.{language}", folder / "raw")
+    record = {"languages": ["xx", "yy"], "bpe": "none", "gen_subsets": {"test": "test"}}
+    (folder / "prepare.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.mark.heavy
+def test_a_grid_runs_resumes_and_tells_what_failed(tmp_path, prepared):
+    content = {
+        "defaults": ["base", {"override hydra/launcher": "joblib"}, "_self_"],
+        "output": "out",
+        "datasets": {"tiny": {"path": str(prepared)}},
+        "runs": {
+            "magnitude": {
+                "train": {
+                    "prox": "l21",
+                    "prox-target-sparsity": 0.5,
+                    "prox-start-update": "${updates:0.5,-1}",
+                    "prox-freeze-update": "${updates:0.5}",
+                }
+            },
+            "peer": {
+                "prune": {
+                    "method": "torch-pruning",
+                    "sparsity": 0.5,
+                    "update": "${updates:0.5}",
+                }
+            },
+            "wrong": {"train": {"dropout": "much"}},
+        },
+        "baselines": ["magnitude"],
+        "train": {**TINY, "cpu": True},
+        "generate": {"beam": 1, "max-len-b": 10},
+        "hydra": {"launcher": {"n_jobs": 2}, "sweeper": {"params": {"data": "tiny"}}},
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+
+    def grid(*overrides: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, SCRIPTS / "grid.py", "mine.yaml", *overrides]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    first = grid("run=magnitude,peer,wrong")
+    assert first.returncode == 1, first.stderr
+    assert "failed: out/tiny/wrong/seed-1: exit 2, see the end of" in first.stderr
+    assert "invalid" in first.stderr and "much" in first.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [result["run"] for result in results["results"]] == ["magnitude", "peer"]
+    for result in results["results"]:
+        neurons = result["neurons"]["ffn_neurons"]
+        assert (neurons["total"], neurons["pruned"]) == (48, 24)
+        assert result["selected_update"] in (4, 6, 8), "not from before the freeze"
+        losses = {p["update"]: p["valid_loss"] for p in result["history"] if "valid_loss" in p}
+        assert result["valid_loss"] == losses[result["selected_update"]]
+        assert not any(word.startswith(str(ROOT)) for word in result["commands"][0].split())
+        folder = tmp_path / "out" / result["folder"]
+        assert [path.name for path in folder.glob("*.pt")] == ["checkpoint_selected.pt"]
+        assert len((folder / "test.txt").read_text().splitlines()) == 43
+    (comparison,) = [c for c in results["comparisons"] if c["split"] == "test"]
+    assert (comparison["run"], comparison["baseline"]) == ("peer", "magnitude")
+
+    result = tmp_path / "out" / "tiny" / "peer" / "seed-1" / "result.json"
+    before = result.stat().st_mtime_ns
+    again = grid("run=peer")
+    assert result.stat().st_mtime_ns == before and "| tiny | peer |" in again.stdout
+    other = grid("run=peer", "train.dropout=0.2")
+    assert other.returncode == 1 and "has other settings; choose another output" in other.stderr
+    assert result.stat().st_mtime_ns == before
+
+
+def test_usage_and_a_missing_file(tmp_path):
+    for words, status, told in (
+        ([], 2, "python scripts/grid.py GRID.yaml"),
+        (["absent.yaml"], 2, "absent.yaml: no such file"),
+    ):
+        command = [sys.executable, SCRIPTS / "grid.py", *words]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == status and told in result.stdout + result.stderr
