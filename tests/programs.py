@@ -19,7 +19,8 @@ from pathlib import Path
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["fairseq.trainer", "fairseq.tasks", "sacrebleu"])
+# torch imports the last one, for some seconds, when a program makes its first optimizer.
+_context.set_forkserver_preload(["fairseq.trainer", "fairseq.tasks", "sacrebleu", "torch._dynamo"])
 
 
 def _program(

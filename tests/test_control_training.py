@@ -9,7 +9,6 @@ import torch
 from conftest import TINY_MODEL, TINY_TRAINING
 from fairseq.tasks import setup_task
 from programs import run_program
-from test_cli_compact import COMMAND
 from test_training import AUTOSIZE, assert_same_checkpoints, count_dead, layers_of, logged
 
 from fairseq_autosize.checkpoint import read_checkpoint, write_checkpoint
@@ -89,14 +88,15 @@ def test_target_in_parameters_with_everything_on(corpus, run, tmp_path):
         assert bool((layer.fc2_weight[:, dead] == 0).all())
 
 
-def test_target_counts_what_compaction_has_removed(corpus, run, tmp_path):
+def test_target_counts_what_compaction_has_removed(corpus, tmp_path, monkeypatch, capsys):
     """Training in stages: the share is one of the neurons that there were at the start."""
-    command = [COMMAND, "train-compacting", "--stage-epochs", "2", corpus, *TRAIN[1:]]
+    # The command itself starts its stages in test_training_in_stages_ends_where_one_run_ends.
+    monkeypatch.setattr(subprocess, "run", lambda command: run_program(*command[2:]))
+    command = ["train-compacting", "--stage-epochs", "2", corpus, *TRAIN[1:]]
     command += ["--prox", "l21", "--prox-target-sparsity", "0.7", "--prox-freeze-update", "24"]
     command += ["--max-update", "40", "--save-dir", tmp_path]
-    output = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert output.returncode == 0, output.stderr[-3000:]
-    assert "trained with" in output.stdout
+    assert main(list(map(str, command))) == 0
+    assert re.match(r"trained with [1-9]", capsys.readouterr().out)
     left = sum(layer.fc1_weight.shape[0] for layer in layers_of(tmp_path / "checkpoint_last.pt"))
     dead, total = count_dead(tmp_path / "checkpoint_last.pt")
     assert left == total < 96
