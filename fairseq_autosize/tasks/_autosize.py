@@ -65,7 +65,7 @@ class AutosizeMixin(FairseqTask):
     _meters: tuple[str, ...] = ()
     _counts: tuple[int, dict[str, float]] | None = None  # (update, what was counted then)
     _alive: Mapping[str, list[int]] = MappingProxyType({})  # by kind, as last logged
-    _averaged: tuple[nn.Module, Mapping[str, Block]] | None = None  # the moving average's blocks
+    _averaged: tuple[nn.Module, Mapping[str, list[torch.Tensor]]] | None = None  # and its `_views`
     _update_num: int = 0
     _nothing_left: bool = False  # as compaction leaves a model in which all are dead
 
@@ -200,12 +200,19 @@ class AutosizeMixin(FairseqTask):
     def _zero(self, model: nn.Module, held: Mapping[str, torch.Tensor]) -> None:
         if self._averaged is None or self._averaged[0] is not model:
             # Kept, since to walk all modules takes longer than to write the zeros.
-            blocks = blocks_in_model(model, self.settings.groups)
-            self._averaged = model, {block.name: block for block in blocks}
+            self._averaged = model, self._views(model)
         for name, dead in held.items():
-            groups = self._averaged[1][name].groups(self.settings.bias, self.settings.couple)
-            for part in (*groups.members, *groups.followers):
-                part.grouped(part.parameter, groups.count).index_fill_(0, dead, 0)
+            for view in self._averaged[1][name]:
+                view.index_fill_(0, dead, 0)
+
+    def _views(self, model: nn.Module) -> dict[str, list[torch.Tensor]]:
+        """What belongs to a model's groups, a group an index, by the blocks' names."""
+        views = {}
+        for block in blocks_in_model(model, self.settings.groups):
+            groups = block.groups(self.settings.bias, self.settings.couple)
+            parts = (*groups.members, *groups.followers)
+            views[block.name] = [part.grouped(part.parameter, groups.count) for part in parts]
+        return views
 
     def get_checkpoint_dict(self) -> dict[str, Any]:
         """State for the checkpoint's extra_state; fairseq looks it up under the class' name."""
