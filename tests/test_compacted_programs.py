@@ -203,7 +203,8 @@ def test_half_precision_training_goes_on_as_without_compaction(flat, corpus, run
 
     ends = [read_checkpoint(folder / "checkpoint_last.pt") for folder in (wide, narrow)]
     assert [end["optimizer_history"][-1]["num_updates"] for end in ends] == [50, 50]
-    assert mean_losses(ends[1]) == pytest.approx(mean_losses(ends[0]), rel=1e-5)
+    # In half precision the products of other shapes are rounded otherwise.
+    assert mean_losses(ends[1]) == pytest.approx(mean_losses(ends[0]), rel=1e-4)
     ends = [compact(end, keep_optimizer=True) for end in ends]
     assert ends[1].widths == ends[0].widths and any(map(any, ends[0].widths.values()))
     assert [layer.before for layer in ends[1].layers] != [24] * 4
