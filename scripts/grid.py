@@ -20,7 +20,6 @@ import os
 import shlex
 import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +44,10 @@ PARTS = ("train", "generate", "select", "keep", "prune")
 SELECT, KEEP = ("best", "last"), ("selected", "all")
 
 ARGUMENTS = list(sys.argv[1:])  # as typed, before they become Hydra's
+
+# Of the process that waits; not in the callback, which Hydra sends to those that work.
+_ended = threading.Event()
+_watchers: list[threading.Thread] = []
 
 logger = logging.getLogger("grid")
 
@@ -321,10 +324,14 @@ class Watch(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Begin to watch, from a thread of this process."""
         output = Path(config.hydra.sweep.dir)
-        threading.Thread(target=watch, args=[output], daemon=True).start()
+        _watchers.append(threading.Thread(target=watch, args=[output], daemon=True))
+        _watchers[-1].start()
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Collect what there is; the status is 1 if a run has failed."""
+        _ended.set()
+        for watcher in _watchers:
+            watcher.join()  # what it shows comes before what follows
         output = Path(config.hydra.sweep.dir)
         results = [folder for folder in folders(output) if (folder / "result.json").exists()]
         if results:
@@ -358,8 +365,9 @@ def watch(output: Path, pause: float = 2.0) -> None:
         return table
 
     with Live(look(), console=console, auto_refresh=False) as live:
-        while True:
-            time.sleep(pause)
+        ended = False
+        while not ended:
+            ended = _ended.wait(pause)
             live.update(look(), refresh=console.is_terminal)
 
 
