@@ -196,8 +196,13 @@ class Settings:
                 is allowed.
         """
         prox = str(cfg.prox)
-        if prox not in PROX_CHOICES:
-            raise ConfigError(f"--prox {prox}: choose one of {', '.join(PROX_CHOICES)}")
+        for flag, value, choices in (
+            ("--prox", prox, PROX_CHOICES),
+            ("--prox-metric", cfg.prox_metric, METRICS),
+            ("--prox-target-scope", cfg.prox_target_scope, SCOPES),
+        ):
+            if value not in choices:
+                raise ConfigError(f"{flag} {value}: choose one of {', '.join(choices)}")
         strength = cfg.prox_strength
         if strength is not None and not (math.isfinite(strength) and strength >= 0):
             raise ConfigError(f"--prox-strength {strength}: must be a finite number >= 0")
@@ -205,20 +210,12 @@ class Settings:
             raise ConfigError(
                 f"--prox-start-update {cfg.prox_start_update}: must be a number of updates >= 0"
             )
-        if cfg.prox_metric not in METRICS:
-            raise ConfigError(
-                f"--prox-metric {cfg.prox_metric}: choose one of {', '.join(METRICS)}"
-            )
         for flag, share in (
             ("--prox-target-sparsity", cfg.prox_target_sparsity),
             ("--prox-target-parameters", cfg.prox_target_parameters),
         ):
             if share is not None:
                 _check_target(flag, share, cfg)
-        if cfg.prox_target_scope not in SCOPES:
-            raise ConfigError(
-                f"--prox-target-scope {cfg.prox_target_scope}: choose one of {', '.join(SCOPES)}"
-            )
         freeze, patience = _freeze(cfg)
         settings = cls(
             prox=prox,

@@ -95,6 +95,12 @@ def read_run(path: str | os.PathLike[str], name: str | None = None) -> Run:
     return run
 
 
+def tokens_per_second(output: str) -> float | None:
+    """Speed of translation, as fairseq-generate tells it at the end of its output."""
+    told = _TRANSLATED.search(output)
+    return float(told[1]) if told else None
+
+
 def _read_checkpoint(run: Run, path: Path) -> None:
     if not path.exists():
         run.problems.append(f"{run.name}: no {path.name} yet, so sizes are those in the log")
@@ -124,10 +130,10 @@ def _read_scores(run: Run, folder: Path) -> None:
         with file.open("rb") as lines:
             lines.seek(max(0, file.stat().st_size - 2000))
             end = lines.read().decode(errors="replace")
-        speed = _TRANSLATED.search(end)
+        speed = tokens_per_second(end)
         for split, metric, signature, score in _GENERATED.findall(end):
-            if speed:
-                run.tokens_per_second[split] = float(speed[1])
+            if speed is not None:
+                run.tokens_per_second[split] = speed
             if metric.startswith("BLEU"):
                 run.scores[split] = float(score)
                 run.signatures.append(f"{split}: {metric} {signature}".strip())

@@ -29,8 +29,8 @@ def canvas() -> Axes:
     return axes
 
 
-def alive_over_updates(results: Mapping[str, Result], title: str, path: Path) -> bool:
-    """Neurons alive over the updates, for the runs that have a prox; whether there is one."""
+def alive_over_updates(results: Mapping[str, Result], title: str, path: Path) -> None:
+    """Neurons alive over the updates, for the runs that have a prox; no file if none has."""
     axes = canvas()
     for number, (run, result) in enumerate(results.items()):
         points = [
@@ -41,9 +41,10 @@ def alive_over_updates(results: Mapping[str, Result], title: str, path: Path) ->
             axes.plot(
                 *zip(*sorted(points), strict=True), style, label=run, color=COLOURS[number % 20]
             )
-    found = bool(axes.lines)
-    save(path, axes, title, "updates", "neurons alive", ylim=(0, None)) if found else pyplot.close()
-    return found
+    if axes.lines:
+        save(path, axes, title, "updates", "neurons alive", ylim=(0, None))
+    else:
+        pyplot.close(axes.figure)
 
 
 def alive_by_layer(results: Mapping[str, Result], title: str, path: Path) -> None:

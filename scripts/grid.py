@@ -20,7 +20,7 @@ import os
 import shlex
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from pipeline import RunError
 from prepare_data import REMOVE_BPE
 
 from fairseq_autosize.checkpoint import read_checkpoint, writing
+from fairseq_autosize.html_report import tokens_per_second
 from fairseq_autosize.report import count_neurons
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,7 +126,8 @@ class Run:
         trained = self.folder / "trained.json"
         if not trained.exists():
             write_json(trained, self._train())
-        checkpoint = self._select()
+        history = pipeline.history(self.folder / "train.log")
+        checkpoint = self._select(history)
         result = {
             **self.settings,
             "target": self.record["languages"][1],
@@ -135,7 +137,7 @@ class Run:
             **json.loads(trained.read_text()),
             **checkpoint,
             "neurons": count_neurons(read_checkpoint(self.folder / "checkpoint_selected.pt")),
-            "history": pipeline.history(self.folder / "train.log"),
+            "history": history,
             "scores": {},
             "tokens_per_second": {},
         }
@@ -211,13 +213,9 @@ class Run:
         write_json(self.folder / "pruned.json", prune)
         return command
 
-    def _select(self) -> dict[str, Any]:
+    def _select(self, history: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         """Choose a checkpoint and give it a name of its own; returns its update and loss."""
-        losses = {
-            point["update"]: point["valid_loss"]
-            for point in pipeline.history(self.folder / "train.log")
-            if "valid_loss" in point
-        }
+        losses = {p["update"]: p["valid_loss"] for p in history if "valid_loss" in p}
         saved = {}
         for path in self.folder.glob("checkpoint_*_*.pt"):
             update = int(path.stem.rsplit("_", 1)[1])
@@ -230,8 +228,9 @@ class Run:
                 f"{self.folder}: no checkpoint with a validation loss at update {sized_from} or "
                 "later; is validate-interval-updates too large?"
             )
-        by = (lambda update: losses[update]) if self.settings["select"] == "best" else lambda u: -u
-        update = min(final, key=by)
+        update = max(final)
+        if self.settings["select"] == "best":
+            update = min(final, key=losses.__getitem__)
         with writing(self.folder / "checkpoint_selected.pt", force=True) as beside:
             beside.write(saved[update].read_bytes())
         return {"selected_update": update, "valid_loss": losses[update]}
@@ -255,7 +254,7 @@ class Run:
         references = pipeline.lines_of(self.data / "raw" / f"{split}.{target}")
         translations = pipeline.hypotheses(log, len(references))
         text.write_text("".join(f"{line}\n" for line in translations), encoding="utf-8")
-        speed = pipeline.tokens_per_second(log)
+        speed = tokens_per_second(log.read_text(encoding="utf-8"))
         log.unlink()
         found = pipeline.scores(translations, references)
         training = pipeline.lines_of(self.data / "raw" / f"train.{target}")
@@ -308,9 +307,9 @@ def progress(folder: Path) -> tuple[str, str]:
     return "running", f"update {told.get('update', 0)} of {aim}{alive}"
 
 
-def folders(output: Path) -> Iterator[Path]:
+def folders(output: Path) -> list[Path]:
     """Folders of runs that have begun, or have failed to."""
-    yield from sorted({path.parent for path in output.rglob("settings.json")} | failures(output))
+    return sorted({path.parent for path in output.rglob("settings.json")} | failures(output))
 
 
 def failures(output: Path) -> set[Path]:
@@ -352,16 +351,18 @@ def watch(output: Path, pause: float = 2.0) -> None:
     from rich.table import Table
 
     console = Console(stderr=True)
-    known: dict[Path, str] = {}
+    known: dict[Path, tuple[str, str]] = {}
 
     def look() -> Table:
         table = Table("run", "state", "", box=None, pad_edge=False)
         for folder in folders(output):
-            state, words = progress(folder)
+            before, words = known.get(folder, ("", ""))
+            # What is done stays so; the others' logs are read again.
+            state, words = (before, words) if before == "done" else progress(folder)
             table.add_row(str(folder.relative_to(output)), state, words)
-            if known.get(folder) != state and not console.is_terminal:
+            if before != state and not console.is_terminal:
                 console.print(f"{folder.relative_to(output)}: {state}, {words}", soft_wrap=True)
-            known[folder] = state
+            known[folder] = state, words
         return table
 
     with Live(look(), console=console, auto_refresh=False) as live:

@@ -71,17 +71,15 @@ def _compare(output: Path, results: Sequence[Mapping[str, Any]], baseline: str) 
 
 
 def _p_value(output: Path, ours: Sequence, theirs: Sequence, split: str) -> float:
-    def lines(path: str | Path) -> list[str]:
-        return pipeline.lines_of(Path(path))
+    def translated(runs: Sequence) -> list[str]:
+        files = (output / run["folder"] / f"{split}.txt" for run in runs)
+        return [line for file in files for line in pipeline.lines_of(file)]
 
-    systems = [
-        (name, [line for run in runs for line in lines(output / run["folder"] / f"{split}.txt")])
-        for name, runs in (("baseline", theirs), ("system", ours))
-    ]
-    raw = Path(ours[0]["path"]) / "raw" / f"{split}.{ours[0]['target']}"
+    systems = [("baseline", translated(theirs)), ("system", translated(ours))]
     if systems[0][1] == systems[1][1]:
         return 1.0  # sacrebleu calls a difference of exactly nothing significant
-    references = [lines(raw) * len(ours)]
+    raw = Path(ours[0]["path"]) / "raw" / f"{split}.{ours[0]['target']}"
+    references = [pipeline.lines_of(raw) * len(ours)]
     test = PairedTest(systems, {"BLEU": BLEU()}, references, "bs", n_samples=SAMPLES)
     return float(test()[1]["BLEU"][1].p_value)
 

@@ -60,12 +60,6 @@ def hypotheses(log: Path, lines: int) -> list[str]:
     return [found[index] for index in sorted(found)]
 
 
-def tokens_per_second(log: Path) -> float | None:
-    """Speed of translation, as fairseq-generate told it at its end."""
-    told = re.search(r"Translated .* ([\d.]+) tokens/s\)", log.read_text(encoding="utf-8"))
-    return float(told[1]) if told else None
-
-
 def history(log: Path) -> list[dict[str, float]]:
     """Neurons alive and validation loss over the updates, from the training log."""
     told = TrainingLog()

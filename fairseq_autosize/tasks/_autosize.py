@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf, gen_parser_from_dataclass
 from fairseq.logging import metrics
 from fairseq.optim import FairseqOptimizer
 from fairseq.optim.lr_scheduler import build_lr_scheduler
@@ -519,6 +519,16 @@ def _unwrap(model: nn.Module) -> nn.Module:
     while isinstance(inner := getattr(model, "module", None), nn.Module):
         model = inner
     return model
+
+
+class LegacyAutosizeMixin(AutosizeMixin):
+    """Adds `--prox*` to one of fairseq's older tasks, whose options are no dataclass."""
+
+    @classmethod
+    def add_args(cls, parser: ArgumentParser) -> None:
+        """The options of the stock task, and the `--prox*` block."""
+        super().add_args(parser)
+        gen_parser_from_dataclass(parser, AutosizeConfig(), delete_default=False)
 
 
 def register_autosize_task(stock_name: str, dataclass: type | None = None) -> Any:
