@@ -184,6 +184,12 @@ class Settings:
     def has_target(self) -> bool:
         return self.target_sparsity is not None or self.target_parameters is not None
 
+    @property
+    def freezes(self) -> bool:
+        """Whether there is to be a freeze, planned or once the dead have stayed the same."""
+        planned = self.has_target or self.freeze_update is not None
+        return self.prox != "none" and (planned or self.patience is not None)
+
     @classmethod
     def from_config(cls, cfg: Any) -> "Settings":
         """Validate the option block of a task.

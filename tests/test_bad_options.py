@@ -47,6 +47,8 @@ COMMAND_LINES = {
     "--prox l21 --prox-metric adam": "error: --prox-metric adam has no default strength: give",
     "--prox l21 --prox-bias yes": "unrecognized arguments: yes",
     "--prox l21 --prox-couple 1": "unrecognized arguments: 1",
+    "--prox l21 --best-checkpoint-metric loss_after_freeze": "loss_after_freeze: there is no ",
+    "--best-checkpoint-metric loss_after_freeze": "loss_after_freeze: there is no freeze; give a",
     "--prox l21 --arch lstm": "error: --prox-groups ffn: LSTMModel has no layer encoder.layers.N",
     "--prox l21 --use-bmuf": "error: --prox does not work with --use-bmuf: its block momentum",
     "--prox l21 --bf16": "error: --prox does not work with --bf16 on fairseq-train's command line",

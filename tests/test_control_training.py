@@ -56,6 +56,30 @@ def test_target_is_met_and_interrupted_training_equals_uninterrupted(corpus, run
     assert "|sparsity:0.6|" in count_neurons(read_checkpoint(checkpoint))["signature"]
 
 
+def test_best_checkpoint_and_patience_are_about_the_time_after_the_freeze(corpus, run, tmp_path):
+    train = (*TRAIN, corpus, "--prox", "l21", "--prox-target-sparsity", "0.6", "--patience", "2")
+    train += ("--prox-freeze-update", "24", "--best-checkpoint-metric", "loss_after_freeze")
+    train += ("--validate-interval-updates", "4", "--save-dir", tmp_path, "--max-update")
+    best = tmp_path / "checkpoint_best.pt"
+    first, second = run(*train, "13").stdout, run(*train, "200", "--lr", "0.05").stdout
+    points = logged(first, "valid") + logged(second, "valid")
+    before = [p["valid_loss_after_freeze"] for p in points if p["valid_num_updates"] < 24]
+    assert len(before) > 5 and before == sorted(before, reverse=True) and before[-1] > 1e6
+    losses = {p["valid_num_updates"]: p["valid_loss"] for p in points}
+    after = {n: loss for n, loss in losses.items() if n >= 24}
+    assert 24 in after
+    assert after == {
+        p["valid_num_updates"]: p["valid_loss_after_freeze"]
+        for p in points
+        if p["valid_num_updates"] >= 24
+    }
+    assert read_checkpoint(best)["extra_state"]["best"] == min(after.values())
+    assert count_dead(best) == (58, 96)
+    # Patience is lost, and only now.
+    assert "early stop since valid performance hasn't improved for last 2 runs" in second
+    assert 32 <= max(losses) < 200
+
+
 @pytest.mark.parametrize(
     ("target", "left"), [("--prox-target-sparsity=0.25", 18), ("--prox-target-parameters=0.1", 15)]
 )

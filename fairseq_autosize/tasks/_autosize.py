@@ -49,6 +49,11 @@ PLANNED_SCHEDULES = ("fixed", "inverse_sqrt", "cosine", "polynomial_decay", "tri
 
 _OPTIONS = tuple(f.name for f in fields(AutosizeConfig) if f.name.startswith("prox"))
 
+# The validation loss of a model that has its final size. Before the freeze it is a number that no
+# loss reaches and that falls with every update, so that --patience does not lose patience.
+LOSS_AFTER_FREEZE = "loss_after_freeze"
+NO_LOSS = 1e9
+
 
 class AutosizeMixin(FairseqTask):
     """Adds the `--prox*` options to a fairseq task. Put it left of the task in the bases.
@@ -99,9 +104,16 @@ class AutosizeMixin(FairseqTask):
         model = super().build_model(cfg, from_checkpoint)
         if from_checkpoint:
             return model
+        root = self._whole_config
+        metric = None if root is None else root.checkpoint.best_checkpoint_metric
+        if metric == LOSS_AFTER_FREEZE and not self.settings.freezes:
+            raise ConfigError(
+                f"--best-checkpoint-metric {metric}: there is no freeze; give a target, such as "
+                "--prox l21 --prox-target-sparsity 0.5, or --prox-freeze-update"
+            )
         if self.settings.prox != "none":
-            if self._whole_config is not None:
-                check_training_mode(self._whole_config)
+            if root is not None:
+                check_training_mode(root)
                 self.settings.freeze_of(self._max_update)
             if not any(block.count for block in blocks_in_model(model, self.settings.groups)):
                 self._nothing_left = True
@@ -194,7 +206,16 @@ class AutosizeMixin(FairseqTask):
         self, sample: Any, model: nn.Module, criterion: nn.Module, ema_model: Any = None
     ) -> Any:
         self._log_counts()
+        if self.settings.freezes:
+            metrics.log_derived(LOSS_AFTER_FREEZE, self._loss_after_freeze)
         return super().valid_step(sample, model, criterion)
+
+    def _loss_after_freeze(self, meters: Mapping[str, Any]) -> float:
+        """For --best-checkpoint-metric: no larger model from before the freeze is the best one."""
+        frozen = self._nothing_left or (
+            self._proximal is not None and self._proximal.is_frozen(self._update_num)
+        )
+        return meters["loss"].smoothed_value if frozen else NO_LOSS / (1 + self._update_num)
 
     @torch.no_grad()
     def _zero(self, model: nn.Module, held: Mapping[str, torch.Tensor]) -> None:
