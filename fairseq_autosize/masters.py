@@ -72,7 +72,7 @@ class Master:
         group = optimizer.param_groups[self.group_index]
         steps = state.get("step", group.get("step"))
         correction = 1 - group["betas"][1] ** float(steps)
-        return (moment.float().sqrt() + group["eps"]) / math.sqrt(correction)
+        return moment.float().sqrt().add_(group["eps"]).div_(math.sqrt(correction))
 
 
 def find_masters(

@@ -16,6 +16,9 @@ from .strength import Goal, Plan, threshold_toward
 
 logger = logging.getLogger(__name__)
 
+# Of one block: what Adam divided by, in parts of shape (groups, ...); None for the plain metric.
+Metric = list[Tensor] | None
+
 
 @dataclass(frozen=True)
 class GroupShape:
@@ -72,7 +75,7 @@ class ProximalOptimizer:
         self.operator = operator
         self.plan = plan
         self.shape = shape
-        self.goals: tuple[Goal, ...] = ()  # one for all blocks together, or one for each
+        self._goals: tuple[Goal, ...] = ()
         self.threshold = 0.0  # the largest one of the last update, for the log
         self.strength = plan.strength  # of the last update
         self._frozen_at = plan.freeze_update
@@ -95,6 +98,27 @@ class ProximalOptimizer:
             _Groups(block, masters, optimizer, operator, shape) for block in self.blocks
         ]
         self._dead = self._dead_masks() if plan.patience is not None else []
+
+    @property
+    def goals(self) -> tuple[Goal, ...]:
+        """One for all blocks together, one for each, or none; see `aim_at`."""
+        return self._goals
+
+    def aim_at(self, goals: Sequence[Goal]) -> None:
+        """Let goals, not the plan's strength, set the thresholds.
+
+        Args:
+            goals: one for all of `blocks` together, or one for each.
+
+        Raises:
+            ValueError: they have not one cost for each of their blocks, or there is no freeze.
+        """
+        if self._frozen_at is None:
+            raise ValueError("goals are reached at the freeze; the plan has no freeze_update")
+        sizes = [len(goal.costs) for goal in goals]
+        if sizes not in ([len(self.blocks)], [1] * len(self.blocks)):
+            raise ValueError(f"goals are for {sizes} blocks; there are {len(self.blocks)}")
+        self._goals = tuple(goals)
 
     def step(self, update_num: int) -> bool:
         """Step the inner optimizer, then take the proximal steps of update `update_num`.
@@ -139,11 +163,12 @@ class ProximalOptimizer:
             return {}
         return {block.name: dead for block, dead in zip(self.blocks, self._held, strict=True)}
 
+    @torch.no_grad()
     def _shrink(self, update_num: int) -> None:
-        if not self.goals:
+        if not self._goals:
             for groups in self._groups:
                 threshold = self.plan.strength * self._step_size(groups)
-                groups.shrink(threshold)
+                groups.shrink(threshold, groups.metric())
                 self.threshold = max(self.threshold, threshold)
             return
         left = self._frozen_at - update_num
@@ -151,11 +176,10 @@ class ProximalOptimizer:
             self._cut()
             return
         for goal, pool in self._pools():
-            norms, order, number = _ranking(goal, pool)
-            norm = float(norms[order[number - 1]]) if number else 0.0
-            threshold = threshold_toward(norm, left)
-            for groups in pool:
-                groups.shrink(threshold)
+            metrics = [groups.metric() for groups in pool]
+            threshold = threshold_toward(_last_norm(goal, pool, metrics), left)
+            for groups, metric in zip(pool, metrics, strict=True):
+                groups.shrink(threshold, metric)
             self.threshold = max(self.threshold, threshold)
         rate = max(self._rate(groups) or 0.0 for groups in self._groups)
         self.strength = self.threshold / rate if rate else None
@@ -175,23 +199,25 @@ class ProximalOptimizer:
 
     def _pools(self) -> list[tuple[Goal, list["_Groups"]]]:
         """The goals, each with the blocks that it is about."""
-        if len(self.goals) == 1:
-            return [(self.goals[0], self._groups)]
-        pools = zip(self.goals, self._groups, strict=True)
+        if len(self._goals) == 1:
+            return [(self._goals[0], self._groups)]
+        pools = zip(self._goals, self._groups, strict=True)
         return [(goal, [groups]) for goal, groups in pools]
 
+    @torch.no_grad()
     def _cut(self) -> None:
         """Zero exactly the groups that have to die, those of the smallest dual norms."""
         for goal, pool in self._pools():
-            _, order, number = _ranking(goal, pool)
+            norms = _dual_norms(pool, [groups.metric() for groups in pool])
+            order = norms.argsort(stable=True)
             chosen = torch.zeros(len(order), dtype=torch.bool, device=order.device)
-            chosen[order[:number]] = True
+            chosen[order[: _number(goal, _costs(goal, pool, norms)[order])]] = True
             counts = [groups.count for groups in pool]
             for groups, dead in zip(pool, chosen.split(counts), strict=True):
                 groups.zero(dead)
 
     def _freeze(self, update_num: int) -> None:
-        if self.goals and update_num > self._frozen_at:
+        if self._goals and update_num > self._frozen_at:
             # A run resumed beyond its freeze; where it got there by itself, nothing is left to cut.
             self._cut()
         self._held = [dead.nonzero().flatten() for dead in self._dead_masks()]
@@ -231,7 +257,7 @@ class ProximalOptimizer:
     @torch.no_grad()
     def dual_norms(self) -> Tensor:
         """What the operator compares with the threshold, for every group; shape (groups,)."""
-        return torch.cat([groups.dual_norms() for groups in self._groups])
+        return _dual_norms(self._groups, [groups.metric() for groups in self._groups])
 
     @torch.no_grad()
     def penalty(self) -> float:
@@ -239,19 +265,44 @@ class ProximalOptimizer:
         return sum(groups.penalty() for groups in self._groups)
 
 
-def _ranking(goal: Goal, pool: Sequence["_Groups"]) -> tuple[Tensor, Tensor, int]:
-    """All dual norms, their groups' order from small to large, and how many have to die."""
-    norms = torch.cat([groups.dual_norms() for groups in pool])
-    order = norms.argsort(stable=True)
-    costs = torch.cat(
-        [
-            norms.new_full((groups.count,), cost)
-            for groups, cost in zip(pool, goal.costs, strict=True)
-        ]
+def _dual_norms(pool: Sequence["_Groups"], metrics: Sequence[Metric]) -> Tensor:
+    """The dual norms of all groups; shape (groups,)."""
+    return torch.cat(
+        [groups.dual_norms(metric) for groups, metric in zip(pool, metrics, strict=True)]
     )
-    removed = costs[order].double().cumsum(0)
-    number = int((removed < goal.amount).sum()) + 1 if goal.amount > 0 else 0
-    return norms, order, min(number, len(norms))
+
+
+def _costs(goal: Goal, pool: Sequence["_Groups"], norms: Tensor) -> Tensor:
+    """What each group counts; shape (groups,)."""
+    counts = torch.tensor([groups.count for groups in pool])
+    costs = torch.tensor(goal.costs, dtype=torch.float64).repeat_interleave(counts)
+    return costs.to(norms.device)
+
+
+def _number(goal: Goal, costs: Tensor) -> int:
+    """How many groups have to die, given their costs in the order in which they do."""
+    if goal.amount <= 0:
+        return 0
+    return min(int((costs.cumsum(0) < goal.amount).sum()) + 1, len(costs))
+
+
+def _last_norm(goal: Goal, pool: Sequence["_Groups"], metrics: Sequence[Metric]) -> float:
+    """The dual norm of the last group that has to die; 0 if none has to."""
+    norms = _dual_norms(pool, metrics)
+    costs = _costs(goal, pool, norms)
+    if len(set(goal.costs)) > 1:
+        norms, order = norms.sort()
+        number = _number(goal, costs[order])
+        return float(norms[number - 1]) if number else 0.0
+    number = _number(goal, costs)  # whatever their order is, which takes long to find
+    return float(norms.kthvalue(number).values) if number else 0.0
+
+
+def _zero(parts: Sequence["_Part"], groups: Tensor) -> None:
+    """Zero what these groups (int64 indices) have in each part."""
+    if len(groups):
+        for part in parts:
+            part.grouped().index_fill_(0, groups, 0)
 
 
 @dataclass(frozen=True)
@@ -265,9 +316,9 @@ class _Part:
     def grouped(self) -> Tensor:
         return self.part.grouped(self.master.tensor, self.count)
 
-    def rows(self, tensor: Tensor) -> Tensor:
-        """A tensor in the master's shape, with a row a group."""
-        return self.part.grouped(tensor, self.count).reshape(self.count, -1)
+    def metric(self, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Adam's, in the shape of `grouped`."""
+        return self.part.grouped(self.master.adam_metric(optimizer), self.count)
 
 
 class _Groups:
@@ -306,58 +357,58 @@ class _Groups:
         self._operator = operator
         self._adam = shape.adam
 
-    def _joined(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    def _joined(self) -> tuple[Tensor, Tensor | None]:
         """A matrix with a row a group and, if rows of a weight have a bias, that.
 
-        Args:
-            tensors: in the order and the shapes of the members' masters.
-
         Returns:
-            The tensors themselves where they are rows and a bias; else copies, without a bias.
+            The masters themselves where they are rows and a bias; else a copy, without a bias.
         """
         if self._plain:
-            return tensors[0], tensors[1] if len(tensors) > 1 else None
-        parts = zip(self._members, tensors, strict=True)
-        return torch.cat([part.rows(tensor) for part, tensor in parts], dim=1), None
+            weight, *bias = self._masters()
+            return weight, bias[0] if bias else None
+        return torch.cat([part.reshape(self.count, -1) for part in self._parts()], dim=1), None
 
     def _masters(self) -> list[Tensor]:
         return [part.master.tensor for part in self._members]
 
-    def _metric(self) -> tuple[Tensor, Tensor | None]:
-        inner = self._optimizer.optimizer
-        return self._joined([part.master.adam_metric(inner) for part in self._members])
+    def _parts(self) -> list[Tensor]:
+        """Views of the masters, of shape (groups, ...)."""
+        return [part.grouped() for part in self._members]
 
-    def dual_norms(self) -> Tensor:
-        """What is compared with the threshold; shape (groups,)."""
-        weight, bias = self._joined(self._masters())
-        if self._adam:
-            metric, bias_metric = self._metric()
-            weight, bias = metric.mul_(weight), None if bias is None else bias_metric.mul_(bias)
-        return self._operator.dual_norm(weight, bias=bias) / self._scale
+    def metric(self) -> Metric:
+        """Adam's metric in the members' parts; None for the plain one."""
+        if not self._adam:
+            return None
+        return [part.metric(self._optimizer.optimizer) for part in self._members]
+
+    def dual_norms(self, metric: Metric) -> Tensor:
+        """What is compared with the threshold, in `metric()`; shape (groups,)."""
+        if metric is None:
+            weight, bias = self._joined()
+            norms = self._operator.dual_norm(weight, bias=bias)
+        else:
+            norms = self._operator.dual_norm_diagonal(self._parts(), metric)
+        return norms / self._scale
 
     def penalty(self) -> float:
         """The penalty, weighted as the thresholds are."""
-        return self._scale * float(self._operator.penalty(*self._joined(self._masters())))
+        return self._scale * float(self._operator.penalty(*self._joined()))
 
     @torch.no_grad()
-    def shrink(self, threshold: float) -> None:
-        """Take the proximal step."""
-        weight, bias = self._joined(self._masters())
+    def shrink(self, threshold: float, metric: Metric) -> None:
+        """Take the proximal step in `metric()`."""
         threshold *= self._scale
-        if self._adam:
-            metric, bias_metric = self._metric()
-            result = self._operator.prox_diagonal(weight, metric, threshold, bias, bias_metric)
-            weight, bias = (result, None) if bias is None else result
+        if metric is not None:
+            dead = self._operator.prox_diagonal_(self._parts(), metric, threshold)
         else:
+            weight, bias = self._joined()
             self._operator.prox_(weight, threshold, bias=bias)
-        if not self._plain:
-            self._write(weight)
-            # Where v is zero, q and k are no longer used; they do not count as alive.
-            if self._followers:
-                self.zero(~weight.any(dim=1))
-        elif self._adam:
-            for tensor, value in zip(self._masters(), (weight, bias), strict=False):
-                tensor.copy_(value)
+            if not self._plain:
+                self._write(weight)
+            dead = ~weight.any(dim=1) if self._followers else None
+        # Where v is zero, q and k are no longer used; they do not count as alive.
+        if self._followers:
+            _zero(self._followers, dead.nonzero().flatten())
         self._copy_back()
 
     def _write(self, joined: Tensor) -> None:
@@ -376,15 +427,12 @@ class _Groups:
             chosen: indices of groups (int64), or a boolean for each.
         """
         rows = chosen.nonzero().flatten() if chosen.dtype == torch.bool else chosen
-        if not len(rows):
-            return
-        for part in (*self._members, *self._followers):
-            part.grouped().index_fill_(0, rows, 0)
+        _zero((*self._members, *self._followers), rows)
         self._copy_back()
 
     def dead(self) -> Tensor:
         """Which groups are zero, all entries of them; shape (groups,)."""
-        weight, bias = self._joined(self._masters())
+        weight, bias = self._joined()
         alive = (weight != 0).any(dim=1)
         return ~(alive if bias is None else alive | (bias != 0))
 

@@ -206,7 +206,7 @@ def time_training(name: str, model: torch.nn.Module, tokens: int, words: int, ro
             )
             if target:
                 count = sum(block.count for block in blocks)
-                steps[operator + label].goal = Goal(count // 2, (1,) * len(blocks))
+                steps[operator + label].aim_at([Goal(count // 2, (1,) * len(blocks))])
     initial = {name: value.clone() for name, value in model.state_dict().items()}
     whole, times = [], {label: [] for label in steps}
     for _ in range(rounds):

@@ -9,6 +9,7 @@ from fairseq.optim import build_optimizer as build_fairseq_optimizer
 from test_proximal_optimizer import LEARNING_RATE, MODES, Model, build, whole_config
 from torch import nn
 
+from fairseq_autosize import prox
 from fairseq_autosize.groups import FeedForward, dead_neurons, feed_forward_in_model
 from fairseq_autosize.masters import find_masters
 from fairseq_autosize.prox import OPERATORS
@@ -49,7 +50,7 @@ def controlled(model, optimizer, operator="l21", share=0.5, freeze=9, shape=None
         shape or GroupShape(),
     )
     if share is not None:
-        proximal.goals = (Goal(round(share * GROUPS), (1, 1)),)
+        proximal.aim_at([Goal(round(share * GROUPS), (1, 1))])
     return proximal
 
 
@@ -135,7 +136,7 @@ def test_costs_decide_how_many_have_to_die():
         layer.fc1_weight.data.fill_(size)
         layer.fc1_bias.data.fill_(0)
     proximal = controlled(model, optimizer, share=None, freeze=3)
-    proximal.goals = (Goal(32, (1, 5)),)
+    proximal.aim_at([Goal(32, (1, 5))])
     for update in range(3):
         optimizer.zero_grad()
         proximal.step(update)
@@ -152,7 +153,7 @@ def test_each_layer_may_have_a_goal_of_its_own(operator):
     layers[1].fc1_bias.data.mul_(0.1)
     proximal = controlled(model, optimizer, operator, share=None, freeze=9)
     numbers = [layers[0].count // 2, layers[1].count // 4]
-    proximal.goals = tuple(Goal(number, (1,)) for number in numbers)
+    proximal.aim_at([Goal(number, (1,)) for number in numbers])
     for update in range(12):
         backward(model, optimizer, update)
         proximal.step(update)
@@ -316,7 +317,7 @@ def test_metric_is_what_adam_divides_by(mode, operator, monkeypatch):
             / (1 - 0.98**updates) ** 0.5
             for part in ("weight", "bias")
         }
-        expected = OPERATORS[operator].prox_diagonal(
+        expected = getattr(prox, f"prox_{operator}_diagonal")(
             masters[other.fc1.weight].tensor.detach(),
             metric["weight"],
             strength * LEARNING_RATE,

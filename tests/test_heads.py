@@ -167,7 +167,7 @@ def test_target_over_neurons_and_heads(operator, adam):
     assert sum(block.count for block in blocks) == 44 + 12
     plan, shape = Plan(freeze_update=12), GroupShape(adam=adam, fc2=True)
     proximal = ProximalOptimizer(optimizer, blocks, OPERATORS[operator], plan, shape)
-    proximal.goals = (Goal(50, (1,) * len(blocks)),)
+    proximal.aim_at([Goal(50, (1,) * len(blocks))])
     for update in range(18):
         backward(model, optimizer, update)
         proximal.step(update)
