@@ -356,8 +356,8 @@ class Operator:
         prox_: (weight, threshold, bias=None) -> None, in place.
         penalty: (weight, bias=None) -> R(W), a tensor without dimensions.
         dual_norm: (weight, bias=None) -> (rows,); a row becomes zero iff this is ≤ threshold.
-        prox_diagonal_: (parts, metrics, threshold) -> the prox in a diagonal metric, in place; which
-            groups are zero.
+        prox_diagonal_: (parts, metrics, threshold) -> which groups are zero after the prox in a
+            diagonal metric, in place.
         dual_norm_diagonal: (parts, metrics) -> (groups,), what decides in that metric.
         growth: the dual norm of n independent entries grows like n to this power, so groups of
             different sizes compare after division by it.
@@ -793,21 +793,24 @@ def _sizes_in_metric(
     is all, and it shows itself that another would change nothing.
     """
     eps = torch.finfo(t.dtype).eps
-    current = _totals(x.square() for x in w).sqrt_()
-    step, error = _step_in_metric(w, e, current)
-    sizes = current = current + step
+    norms = _totals(x.square() for x in w).sqrt_()
+    step, error = _step_in_metric(w, e, norms)
+    sizes = norms + step
     moving = (~(error <= eps)).nonzero().squeeze(1)  # also what is not finite
     if len(moving) == 0:
         return sizes
-    rows = None  # those still moving; None for all
+    # Where the step led far down s may be 0, and below s is also: as if d were the largest
+    # everywhere, but not below 0.
+    low = (~(sizes > 0.1 * norms)).nonzero().squeeze(1)
+    if len(low):
+        d, t = _select(low, d), t[low]
+        dual = dual_norm_l21_diagonal(_select(low, w), d)
+        lower = ((dual - t) / _extremes(torch.amax, d)).clamp_min_(0)
+        sizes[low] = torch.where(dual <= t, 0.0, torch.fmax(sizes[low], lower))
+    current, rows = sizes, None  # rows still moving; None for all
     if 2 * len(moving) < len(current):  # else copying costs more than it saves
-        rows = moving
-        w, d, e = (_select(rows, x) for x in (w, d, e))
-        t, current = t[rows], current[rows]
-    dual = dual_norm_l21_diagonal(w, d)
-    # Below s: as if d were the largest everywhere, but not below 0.
-    lower = ((dual - t) / _extremes(torch.amax, d)).clamp_min_(0)
-    current = torch.where(dual <= t, 0.0, torch.fmax(current, lower))
+        rows, current = moving, current[moving]
+        w, e = _select(rows, w), _select(rows, e)
     for _ in range(_MAX_NEWTON_STEPS):
         step, error = _step_in_metric(w, e, current)
         step = torch.where((step > 0) & (current > 0), step, 0.0)
@@ -826,11 +829,12 @@ def _sizes_in_metric(
 def _step_in_metric(
     w: Sequence[Tensor], e: Sequence[Tensor], sizes: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Newton's step on 1/‖w/(s + e)‖ = 1 from s, and a bound of the relative error after it.
+    """Newton's step on 1/‖w/(s + e)‖ = 1 from s, and the relative error of x after it.
 
     With h = 1/(s + e), and means and variances weighted by (w·h)², the second derivative is
-    −3·Var(h)/E(h) times the first, and Var(h) ≤ E(h)·(1/s − E(h)). So the step δ leaves an error of
-    at most about 3/2·(1 − s·E(h))·(δ/s)².
+    −3·Var(h)/E(h) times the first, and Var(h) ≤ E(h)·(1/s − E(h)). So the step δ leaves a relative
+    error of at most about 3/2·κ·(δ/s)² in s, κ = 1 − s·E(h) = E(e·h). In x = w·s·h, whose entries
+    depend on s with e·h, that is ‖·‖₂ √E((e·h)²) ≤ √κ times as much.
     """
     squares, cubes = [], []
     for x, y in zip(w, e, strict=True):
@@ -842,7 +846,8 @@ def _step_in_metric(
     tiny = torch.finfo(square.dtype).tiny
     step = (square.sqrt() - 1) * square / cube.clamp_min(tiny)
     change = step / (sizes + step).clamp_min_(tiny)
-    return step, 2 * (1 - sizes * cube / square.clamp_min(tiny)) * change.square_()
+    kappa = (1 - sizes * cube / square.clamp_min(tiny)).abs_()
+    return step, 2 * kappa * kappa.sqrt() * change.square_()
 
 
 def prox_l21_diagonal(
