@@ -144,6 +144,23 @@ def test_costs_decide_how_many_have_to_die():
     assert dead == [2, 6]  # 6 * 5 + 2 * 1
 
 
+@pytest.mark.parametrize(
+    ("goals", "freeze", "message"),
+    [
+        ([Goal(6, (1, 1))], None, "no freeze_update"),
+        ([Goal(6, (1,))], 9, r"goals are for \[1\] blocks; there are 2"),
+        ([Goal(6, (1, 1))] * 2, 9, r"goals are for \[2, 2\] blocks"),
+        ([], 9, r"goals are for \[\] blocks"),
+    ],
+)
+def test_goals_that_do_not_fit_are_refused(goals, freeze, message):
+    model, optimizer = adam_model()
+    proximal = controlled(model, optimizer, share=None, freeze=freeze, strength=1.0)
+    with pytest.raises(ValueError, match=message):
+        proximal.aim_at(goals)
+    assert proximal.goals == ()
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_each_layer_may_have_a_goal_of_its_own(operator):
     """Though the second layer's rows are all smaller, only its own smallest die."""
