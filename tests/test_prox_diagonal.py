@@ -156,6 +156,16 @@ def test_a_row_at_its_dual_norm_is_exactly_zero(name):
     assert operator(weight, metric, t * (1 - 1e-6)).ne(0).all()
 
 
+@pytest.mark.parametrize("name", ["l21", "linf1"])
+def test_all_rows_at_their_dual_norms_are_exactly_zero(name):
+    """Where rounding errors alone would leave some rows as small numbers."""
+    weight, metric, _, _ = problem((500, 65), dtype=torch.float32)
+    norms = getattr(prox, f"dual_norm_{name}_diagonal")([weight], [metric])
+    assert OPERATORS[name][0](weight, metric, norms).eq(0).all()
+    alive = OPERATORS[name][0](weight, metric, norms * (1 - 1e-5)).ne(0).any(dim=1)
+    assert torch.equal(alive, norms > 0)
+
+
 @pytest.mark.parametrize("t", [1e-6, 0.3, 2.0, 20.0])
 @pytest.mark.parametrize("name", ["l21", "linf1"])
 def test_parts_are_one_group_and_are_written_where_they_lie(name, t):
