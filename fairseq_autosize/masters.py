@@ -49,8 +49,8 @@ class Master:
         if self.tensor is not self.parameter:
             self.parameter.data.copy_(self.tensor)
 
-    def adam_metric(self, optimizer: torch.optim.Optimizer) -> Tensor:
-        """D = (√v + ε) / √(1 − β₂ⁿ): what Adam's step n divided by, like `tensor` in shape.
+    def second_moment(self, optimizer: torch.optim.Optimizer) -> tuple[Tensor, float]:
+        """Adam's v, like `tensor` in shape, and its bias correction 1 − β₂ⁿ after n steps.
 
         Args:
             optimizer: the torch optimizer that has taken at least one step on `owner`.
@@ -71,8 +71,35 @@ class Master:
             moment = moment[start : start + self.tensor.numel()].view(self.tensor.shape)
         group = optimizer.param_groups[self.group_index]
         steps = state.get("step", group.get("step"))
-        correction = 1 - group["betas"][1] ** float(steps)
-        return (moment.float().sqrt() + group["eps"]) / math.sqrt(correction)
+        return moment, 1 - group["betas"][1] ** float(steps)
+
+
+def adam_metric(
+    masters: Sequence[Master], optimizer: torch.optim.Optimizer, dim: int = 0
+) -> Tensor:
+    """D = (√v + ε) / √(1 − β₂ⁿ): what Adam's step n divided by.
+
+    Args:
+        masters: of one of the optimizer's groups; their shapes differ along `dim` at most.
+        optimizer: the torch optimizer that has taken at least one step on them.
+        dim: along which the results are joined.
+
+    Raises:
+        TypeError: the optimizer keeps no second moment for each parameter.
+    """
+    found = [master.second_moment(optimizer) for master in masters]
+    moments, corrections = zip(*found, strict=True)
+    eps = optimizer.param_groups[masters[0].group_index]["eps"]
+    metric = joined(moments, dim).float().sqrt().add_(eps)
+    sizes = [moment.shape[dim] for moment in moments]
+    for part, correction in zip(metric.split(sizes, dim), corrections, strict=True):
+        part.div_(math.sqrt(correction))
+    return metric
+
+
+def joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """`torch.cat`, without a copy of a single tensor."""
+    return torch.cat(tensors, dim) if len(tensors) > 1 else tensors[0]
 
 
 def find_masters(

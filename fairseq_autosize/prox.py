@@ -33,7 +33,7 @@ Source: Parikh and Boyd, *Proximal Algorithms* (2014), for the operators; Murray
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -217,10 +217,8 @@ def _first_levels(values: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return levels, slope
 
 
-def _newton_levels(
-    excess: Tensor, t: Tensor, start: Tensor, slope: Tensor, metric: Tensor | None = None
-) -> Tensor:
-    """Solves Σ_j d_j·(v_j − θ)₊ = t for θ in each row.
+def _newton_levels(excess: Tensor, t: Tensor, start: Tensor, slope: Tensor) -> Tensor:
+    """Solves Σ_j (v_j − θ)₊ = t for θ in each row.
 
     The left side is convex and falls with θ, so Newton's method from below never overshoots and
     ends exactly once the set of entries above θ no longer changes.
@@ -229,8 +227,7 @@ def _newton_levels(
         excess: (rows, columns), (v − start)₊; overwritten.
         t: (rows,), right sides.
         start: (rows,), at most the solution; a row that starts above it, at inf or at NaN stays.
-        slope: (rows,), the Σ_j d_j over v_j > θ in the step that led to start, or less.
-        metric: (rows, columns), the d_j > 0; None for 1.
+        slope: (rows,), the number of v_j > θ in the step that led to start, or less.
 
     Returns:
         (rows,).
@@ -239,7 +236,7 @@ def _newton_levels(
     levels = current = start
     rows = None  # those still moving; None for all
     for _ in range(_MAX_NEWTON_STEPS):
-        total = (excess if metric is None else excess * metric).sum(1)
+        total = excess.sum(1)
         # A step below the last digit of θ ends a row; the slope before is at least the one now.
         moving = (total > torch.addcmul(t, slope, current.abs(), value=eps)).nonzero().squeeze(1)
         if len(moving) == 0:
@@ -247,9 +244,8 @@ def _newton_levels(
         if 2 * len(moving) < len(excess):  # else copying costs more than it saves
             rows = moving if rows is None else rows[moving]
             excess = excess.index_select(0, moving)
-            metric = None if metric is None else metric.index_select(0, moving)
             t, current, total = t[moving], current[moving], total[moving]
-        slope = (excess.sign() if metric is None else excess.sign().mul_(metric)).sum(1)
+        slope = excess.sign().sum(1)
         last = current
         current = torch.fmax(last, torch.addcdiv(last, total - t, slope))
         excess.sub_((current - last).unsqueeze(1)).relu_()
@@ -360,18 +356,19 @@ class Operator:
         prox_: (weight, threshold, bias=None) -> None, in place.
         penalty: (weight, bias=None) -> R(W), a tensor without dimensions.
         dual_norm: (weight, bias=None) -> (rows,); a row becomes zero iff this is ≤ threshold.
-            In a diagonal metric d that holds for the dual norm of d·weight.
+        prox_diagonal_: (parts, metrics, threshold) -> which groups are zero after the prox in a
+            diagonal metric, in place.
+        dual_norm_diagonal: (parts, metrics) -> (groups,), what decides in that metric.
         growth: the dual norm of n independent entries grows like n to this power, so groups of
             different sizes compare after division by it.
-        prox_diagonal: (weight, metric, threshold, bias=None, bias_metric=None) -> the prox in a
-            diagonal metric, not in place.
     """
 
     name: str
     prox_: Callable[..., None]
     penalty: Callable[..., Tensor]
     dual_norm: Callable[..., Tensor]
-    prox_diagonal: Callable[..., Result]
+    prox_diagonal_: Callable[..., Tensor]
+    dual_norm_diagonal: Callable[..., Tensor]
     growth: float
 
 
@@ -648,12 +645,37 @@ def project_simplex(x: Tensor, radius: Threshold = 1.0) -> Tensor:
 
 
 # --- in a diagonal metric -------------------------------------------------------------------------
+#
+# What training uses takes the groups in parts: tensors of shape (groups, ...), two dimensions or
+# more, in float32 or float64. They may be views, such as columns of fc2; nothing is joined or
+# transposed, and the work arrays get the memory layout of the part.
 
 
-def _join_metric(
+def _column(values: Tensor, part: Tensor) -> Tensor:
+    """(groups,), so that it broadcasts over a part."""
+    return values.view(-1, *[1] * (part.dim() - 1))
+
+
+def _totals(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of each group's entries; shape (groups,)."""
+    first, *others = [part.sum(tuple(range(1, part.dim()))) for part in parts]
+    for other in others:
+        first.add_(other)
+    return first
+
+
+def _extremes(reduce: Callable[..., Tensor], parts: Iterable[Tensor]) -> Tensor:
+    """The largest (`torch.amax`) or smallest (`torch.amin`) entry of each group."""
+    return reduce(torch.stack([reduce(x, tuple(range(1, x.dim()))) for x in parts]), 0)
+
+
+def _select(rows: Tensor, parts: Iterable[Tensor]) -> list[Tensor]:
+    return [part.index_select(0, rows) for part in parts]
+
+
+def _check_metric(
     weight: Tensor, metric: Tensor, bias: Tensor | None, bias_metric: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Weight and metric as matrices in the compute dtype, the bias's as last column."""
+) -> None:
     if metric.shape != weight.shape:
         raise ValueError(
             f"metric has shape {tuple(metric.shape)}; it must be the weight's, "
@@ -673,11 +695,34 @@ def _join_metric(
             raise ValueError(f"{name} has dtype {values.dtype}; it must be floating")
         if values.device.type == "cpu" and values.numel() and values.amin() <= 0:
             raise ValueError(f"{name} contains {values.min().item()}; every entry must be > 0")
-    dtype = _COMPUTE_DTYPE[weight.dtype]
-    metric = metric.to(weight.device, dtype)
-    bias_metric = None if bias_metric is None else bias_metric.to(weight.device, dtype)
-    joined_metric = metric if bias is None else torch.cat((metric, bias_metric.unsqueeze(1)), 1)
-    return _join(weight, bias), joined_metric
+
+
+def _copy_and_apply_in_metric(
+    prox_: Callable[[Sequence[Tensor], Sequence[Tensor], Tensor], object],
+    weight: Tensor,
+    metric: Tensor,
+    threshold: Threshold,
+    bias: Tensor | None,
+    bias_metric: Tensor | None,
+) -> Result:
+    _check_tensors(weight, bias, by_row=True)
+    _check_metric(weight, metric, bias, bias_metric)
+    t = _per_row(_check_threshold(threshold, weight, by_row=True), weight)
+    parts = [(weight, metric)]
+    if bias is not None:
+        parts.append((bias.unsqueeze(1), bias_metric.unsqueeze(1)))
+    new = [x.detach().to(t.dtype, copy=True) for x, _ in parts]
+    filled = [i for i, x in enumerate(new) if x.numel()]
+    if filled:
+        metrics = [parts[i][1].detach().to(weight.device, t.dtype) for i in filled]
+        prox_([new[i] for i in filled], metrics, t)
+    new_weight, *new_bias = [x.to(weight.dtype) for x in new]
+    return _result(new_weight, new_bias[0].squeeze(1) if new_bias else None)
+
+
+def _soft_in_metric_(parts: Sequence[Tensor], metrics: Sequence[Tensor], t: Tensor) -> None:
+    for part, metric in zip(parts, metrics, strict=True):
+        part.copy_(_soft(part, _column(t, part) / metric))
 
 
 @torch.no_grad()
@@ -697,13 +742,114 @@ def prox_l1_diagonal(
         bias: (rows,).
         bias_metric: (rows,), d of the bias.
     """
-    _check_tensors(weight, bias, by_row=True)
-    w, d = _join_metric(weight, metric, bias, bias_metric)
-    t = _per_row(_check_threshold(threshold, weight, by_row=True), weight)
-    return _split(_soft(w, t.unsqueeze(1) / d), weight, bias)
+    return _copy_and_apply_in_metric(_soft_in_metric_, weight, metric, threshold, bias, bias_metric)
+
+
+def dual_norm_l21_diagonal(parts: Sequence[Tensor], metrics: Sequence[Tensor]) -> Tensor:
+    """‖d∘w‖₂ of each group: what decides whether `prox_l21_diagonal_` makes it zero.
+
+    Args:
+        parts, metrics: w and d > 0, each in parts of shape (groups, ...).
+
+    Returns:
+        (groups,).
+    """
+    return _totals((w * d).square_() for w, d in zip(parts, metrics, strict=True)).sqrt_()
 
 
 @torch.no_grad()
+def prox_l21_diagonal_(
+    parts: Sequence[Tensor], metrics: Sequence[Tensor], threshold: Threshold
+) -> Tensor:
+    """`prox_l21_diagonal`, written into the parts of the groups.
+
+    Args:
+        parts, metrics: w and d > 0, each in parts of shape (groups, ...).
+        threshold: t ≥ 0, a number or one per group; not checked.
+
+    Returns:
+        Which groups are zero, boolean, shape (groups,).
+    """
+    t = torch.as_tensor(threshold, dtype=parts[0].dtype, device=parts[0].device)
+    t = t.expand(len(parts[0]))
+    e = [_column(t, d) / d for d in metrics]
+    sizes = _sizes_in_metric(parts, metrics, t, e)
+    zero = sizes == 0
+    # Without 0/0 where t = 0, and without inf/inf.
+    sizes = torch.where(zero & (t == 0), 1.0, sizes).clamp_max_(torch.finfo(t.dtype).max / 2)
+    for w, x in zip(parts, e, strict=True):
+        size = _column(sizes, x)
+        w.mul_(torch.div(size, x.add_(size), out=x))
+    return zero
+
+
+def _sizes_in_metric(
+    w: Sequence[Tensor], d: Sequence[Tensor], t: Tensor, e: Sequence[Tensor]
+) -> Tensor:
+    """The s ≥ 0 with ‖w/(s + e)‖₂ = 1 in each group, e = t/d; 0 where ‖d∘w‖₂ ≤ t.
+
+    Newton on 1/‖w/(s + e)‖ = 1, whose left side is concave in s: it ascends from below without
+    overshoot, and from above, at ‖w‖, one step leads below. Where thresholds are small this step
+    is all, and it shows itself that another would change nothing.
+    """
+    eps = torch.finfo(t.dtype).eps
+    norms = _totals(x.square() for x in w).sqrt_()
+    step, error = _step_in_metric(w, e, norms)
+    sizes = norms + step
+    moving = (~(error <= eps)).nonzero().squeeze(1)  # also what is not finite
+    if len(moving) == 0:
+        return sizes
+    # Where the step led far down s may be 0, and below s is also: as if d were the largest
+    # everywhere, but not below 0.
+    low = (~(sizes > 0.1 * norms)).nonzero().squeeze(1)
+    if len(low):
+        d, t = _select(low, d), t[low]
+        dual = dual_norm_l21_diagonal(_select(low, w), d)
+        lower = ((dual - t) / _extremes(torch.amax, d)).clamp_min_(0)
+        sizes[low] = torch.where(dual <= t, 0.0, torch.fmax(sizes[low], lower))
+    current, rows = sizes, None  # rows still moving; None for all
+    if 2 * len(moving) < len(current):  # else copying costs more than it saves
+        rows, current = moving, current[moving]
+        w, e = _select(rows, w), _select(rows, e)
+    for _ in range(_MAX_NEWTON_STEPS):
+        step, error = _step_in_metric(w, e, current)
+        step = torch.where((step > 0) & (current > 0), step, 0.0)
+        current = current + step
+        sizes = current if rows is None else sizes.index_copy(0, rows, current)
+        moving = ((step > eps * current) & (error > eps)).nonzero().squeeze(1)
+        if len(moving) == 0:
+            break
+        if 2 * len(moving) < len(current):
+            rows = moving if rows is None else rows[moving]
+            w, e = (_select(moving, x) for x in (w, e))
+            current = current[moving]
+    return sizes
+
+
+def _step_in_metric(
+    w: Sequence[Tensor], e: Sequence[Tensor], sizes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Newton's step on 1/‖w/(s + e)‖ = 1 from s, and the relative error of x after it.
+
+    With h = 1/(s + e), and means and variances weighted by (w·h)², the second derivative is
+    −3·Var(h)/E(h) times the first, and Var(h) ≤ E(h)·(1/s − E(h)). So the step δ leaves a relative
+    error of at most about 3/2·κ·(δ/s)² in s, κ = 1 − s·E(h) = E(e·h). In x = w·s·h, whose entries
+    depend on s with e·h, that is ‖·‖₂ √E((e·h)²) ≤ √κ times as much.
+    """
+    squares, cubes = [], []
+    for x, y in zip(w, e, strict=True):
+        shifted = y + _column(sizes, y)
+        q = torch.div(x, shifted)
+        squares.append(_totals([q.mul_(q)]))
+        cubes.append(_totals([q.div_(shifted)]))
+    square, cube = (sum(x[1:], x[0]) for x in (squares, cubes))
+    tiny = torch.finfo(square.dtype).tiny
+    step = (square.sqrt() - 1) * square / cube.clamp_min(tiny)
+    change = step / (sizes + step).clamp_min_(tiny)
+    kappa = (1 - sizes * cube / square.clamp_min(tiny)).abs_()
+    return step, 2 * kappa * kappa.sqrt() * change.square_()
+
+
 def prox_l21_diagonal(
     weight: Tensor,
     metric: Tensor,
@@ -723,56 +869,83 @@ def prox_l21_diagonal(
         bias: (rows,), one more column of the groups.
         bias_metric: (rows,), d of the bias.
     """
-    _check_tensors(weight, bias, by_row=True)
-    w, d = _join_metric(weight, metric, bias, bias_metric)
-    t = _per_row(_check_threshold(threshold, weight, by_row=True), weight)
-    if w.shape[1] == 0:
-        return _split(w, weight, bias)
-    e = t.unsqueeze(1) / d
-    dual = torch.linalg.vector_norm(d * w, dim=1)
-    # Below s: as if d were the largest everywhere, but not below 0, where rows that become zero
-    # would go on moving until the last turn. Above: t = 0.
-    lower = ((dual - t) / d.amax(1)).clamp_min_(0)
-    size = _sizes_in_metric(w, e, lower, torch.linalg.vector_norm(w, dim=1))
-    size = torch.where(dual <= t, 0.0, size)
-    scale = size.unsqueeze(1) / e.add_(size.unsqueeze(1))
-    for value, limit in ((0.0, 0.0), (math.inf, 1.0)):  # 0/0 and inf/inf
-        scale.index_fill_(0, (size == value).nonzero().squeeze(1), limit)
-    return _split(scale.mul_(w), weight, bias)
+    return _copy_and_apply_in_metric(
+        prox_l21_diagonal_, weight, metric, threshold, bias, bias_metric
+    )
 
 
-def _sizes_in_metric(w: Tensor, e: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-    """The s ≥ 0 with ‖w/(s + e)‖₂ = 1 in each row.
-
-    Newton on 1/‖w/(s + e)‖ = 1, whose left side is concave in s: it ascends from below without
-    overshoot, and from above, where s is if thresholds are small, one step leads below.
+def dual_norm_linf1_diagonal(parts: Sequence[Tensor], metrics: Sequence[Tensor]) -> Tensor:
+    """Σ d·|w| of each group: what decides whether `prox_linf1_diagonal_` makes it zero.
 
     Args:
-        w, e: (rows, columns).
-        lower, upper: (rows,), on either side of s.
+        parts, metrics: w and d > 0, each in parts of shape (groups, ...).
+
+    Returns:
+        (groups,).
     """
-    eps = torch.finfo(w.dtype).eps
-    sizes, current, rows = upper, upper, None  # rows still moving; None for all
+    return _totals((w * d).abs_() for w, d in zip(parts, metrics, strict=True))
+
+
+@torch.no_grad()
+def prox_linf1_diagonal_(
+    parts: Sequence[Tensor], metrics: Sequence[Tensor], threshold: Threshold
+) -> Tensor:
+    """`prox_linf1_diagonal`, written into the parts of the groups.
+
+    Args:
+        parts, metrics: w and d > 0, each in parts of shape (groups, ...).
+        threshold: t ≥ 0, a number or one per group; not checked.
+
+    Returns:
+        Which groups are zero, boolean, shape (groups,).
+    """
+    t = torch.as_tensor(threshold, dtype=parts[0].dtype, device=parts[0].device)
+    levels = _levels_in_metric([x.abs() for x in parts], metrics, t.expand(len(parts[0])))
+    for w in parts:
+        level = _column(levels, w)
+        # Two passes, because clamp with tensors as bounds is several times slower.
+        torch.maximum(torch.minimum(w, level, out=w), -level, out=w)
+    return levels == 0
+
+
+def _levels_in_metric(values: Sequence[Tensor], d: Sequence[Tensor], t: Tensor) -> Tensor:
+    """The θ with Σ d·(v − θ)₊ = t in each group; 0 where Σ d·v ≤ t.
+
+    Newton's method as in `_newton_levels`.
+    """
+    eps = torch.finfo(t.dtype).eps
+    top = _extremes(torch.amax, values)
+    bound = (top - t / _extremes(torch.amin, d)).clamp_min_(0)
+    # As if d were the same everywhere and the values spread evenly from 0 to the largest. Where
+    # that is too high, the first step leads below the level, because the residual is convex.
+    current = torch.fmax(bound, top - (top * t).mul_(2).div_(_totals(d)).sqrt_())
+    levels, rows = current, None  # rows still moving; None for all
+    v, c, r = values, d, t  # of those rows
     for turn in range(_MAX_NEWTON_STEPS):
-        inverse = (current.unsqueeze(1) + e).reciprocal_()
-        q = inverse * w
-        square = torch.linalg.vecdot(q, q)
-        step = (square.sqrt() - 1) * square / torch.linalg.vecdot(q.square_(), inverse)
+        excess = [x.sub(_column(current, x)).relu_() for x in v]
+        total = _totals(x * y for x, y in zip(excess, c, strict=True))
+        slope = _totals(x.sign_().mul_(y) for x, y in zip(excess, c, strict=True))
+        step = (total - r) / slope
         if turn == 0:
-            sizes = current = torch.fmax(current + step, lower)
+            levels = current = torch.fmax(bound, current + step)
             continue
         moving = (step > eps * current).nonzero().squeeze(1)
         if len(moving) == 0:
             break
-        if 2 * len(moving) < len(current):  # else copying costs more than it saves
+        if 2 * len(moving) < len(current):
             rows = moving if rows is None else rows[moving]
-            w, e, current, step = (x.index_select(0, moving) for x in (w, e, current, step))
+            v, c = (_select(moving, x) for x in (v, c))
+            r, current, step = r[moving], current[moving], step[moving]
         current = torch.where(step > 0, current + step, current)
-        sizes = current if rows is None else sizes.index_copy(0, rows, current)
-    return sizes
+        levels = current if rows is None else levels.index_copy(0, rows, current)
+    # The sum decides, but it is needed only if a level could be 0, up to rounding.
+    low = (levels < 0.01 * top).nonzero().squeeze(1)
+    if len(low):
+        dual = dual_norm_linf1_diagonal(_select(low, values), _select(low, d))
+        levels = levels.index_fill(0, low[dual <= t[low]], 0.0)
+    return levels
 
 
-@torch.no_grad()
 def prox_linf1_diagonal(
     weight: Tensor,
     metric: Tensor,
@@ -792,22 +965,28 @@ def prox_linf1_diagonal(
         bias: (rows,), one more column of the groups.
         bias_metric: (rows,), d of the bias.
     """
-    _check_tensors(weight, bias, by_row=True)
-    w, d = _join_metric(weight, metric, bias, bias_metric)
-    t = _per_row(_check_threshold(threshold, weight, by_row=True), weight)
-    if w.shape[1] == 0:
-        return _split(w, weight, bias)
-    values = w.abs()
-    start = (values - t.unsqueeze(1) / d).amax(1).clamp_min_(0)
-    excess = (values - start.unsqueeze(1)).relu_()
-    levels = _newton_levels(excess, t, start, d.amin(1), metric=d)
-    levels = torch.where((d * values).sum(1) <= t, 0.0, levels).unsqueeze(1)
-    return _split(torch.clamp(w, -levels, levels), weight, bias)
+    return _copy_and_apply_in_metric(
+        prox_linf1_diagonal_, weight, metric, threshold, bias, bias_metric
+    )
 
 
 OPERATORS = {
-    "l21": Operator("l21", prox_l21_, penalty_l21, dual_norm_l21, prox_l21_diagonal, 0.5),
+    "l21": Operator(
+        "l21",
+        prox_l21_,
+        penalty_l21,
+        dual_norm_l21,
+        prox_l21_diagonal_,
+        dual_norm_l21_diagonal,
+        0.5,
+    ),
     "linf1": Operator(
-        "linf1", prox_linf1_, penalty_linf1, dual_norm_linf1, prox_linf1_diagonal, 1.0
+        "linf1",
+        prox_linf1_,
+        penalty_linf1,
+        dual_norm_linf1,
+        prox_linf1_diagonal_,
+        dual_norm_linf1_diagonal,
+        1.0,
     ),
 }

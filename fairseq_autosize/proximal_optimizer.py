@@ -10,11 +10,18 @@ from fairseq.optim import AMPOptimizer, FairseqOptimizer
 from torch import Tensor
 
 from .groups import Block, Part
-from .masters import Master, find_masters
+from .masters import Master, adam_metric, find_masters, joined
 from .prox import Operator
 from .strength import Goal, Plan, threshold_toward
 
 logger = logging.getLogger(__name__)
+
+# Masters, and what Adam divided by, in parts of shape (groups, ...); None for the plain metric.
+_Parts = tuple[list[Tensor], list[Tensor]] | None
+
+# Small blocks are stepped together up to so many entries: alone they cost mostly calls, and where
+# they are large a copy of them costs more than these.
+_BATCH_ENTRIES = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,6 @@ class ProximalOptimizer:
         self.operator = operator
         self.plan = plan
         self.shape = shape
-        self.goals: tuple[Goal, ...] = ()  # one for all blocks together, or one for each
         self.threshold = 0.0  # the largest one of the last update, for the log
         self.strength = plan.strength  # of the last update
         self._frozen_at = plan.freeze_update
@@ -94,7 +100,30 @@ class ProximalOptimizer:
         self._groups = [
             _Groups(block, masters, optimizer, operator, shape) for block in self.blocks
         ]
+        self._pools = [_Pool(None, self._groups)]
         self._dead = self._dead_masks() if plan.patience is not None else []
+
+    @property
+    def goals(self) -> tuple[Goal, ...]:
+        """One for all blocks together, one for each, or none; see `aim_at`."""
+        return tuple(pool.goal for pool in self._pools if pool.goal is not None)
+
+    def aim_at(self, goals: Sequence[Goal]) -> None:
+        """Let goals, not the plan's strength, set the thresholds.
+
+        Args:
+            goals: one for all of `blocks` together, or one for each.
+
+        Raises:
+            ValueError: they have not one cost for each of their blocks, or there is no freeze.
+        """
+        if self._frozen_at is None:
+            raise ValueError("goals are reached at the freeze; the plan has no freeze_update")
+        sizes = [len(goal.costs) for goal in goals]
+        if sizes not in ([len(self.blocks)], [1] * len(self.blocks)):
+            raise ValueError(f"goals are for {sizes} blocks; there are {len(self.blocks)}")
+        pools = [self._groups] if len(goals) == 1 else [[groups] for groups in self._groups]
+        self._pools = [_Pool(goal, pool) for goal, pool in zip(goals, pools, strict=True)]
 
     def step(self, update_num: int) -> bool:
         """Step the inner optimizer, then take the proximal steps of update `update_num`.
@@ -139,26 +168,23 @@ class ProximalOptimizer:
             return {}
         return {block.name: dead for block, dead in zip(self.blocks, self._held, strict=True)}
 
+    @torch.no_grad()
     def _shrink(self, update_num: int) -> None:
-        if not self.goals:
-            for groups in self._groups:
-                threshold = self.plan.strength * self._step_size(groups)
-                groups.shrink(threshold)
-                self.threshold = max(self.threshold, threshold)
-            return
-        left = self._frozen_at - update_num
-        if left <= 1:
+        if self.goals and self._frozen_at - update_num <= 1:
             self._cut()
             return
-        for goal, pool in self._pools():
-            norms, order, number = _ranking(goal, pool)
-            norm = float(norms[order[number - 1]]) if number else 0.0
-            threshold = threshold_toward(norm, left)
-            for groups in pool:
-                groups.shrink(threshold)
-            self.threshold = max(self.threshold, threshold)
-        rate = max(self._rate(groups) or 0.0 for groups in self._groups)
-        self.strength = self.threshold / rate if rate else None
+        for pool in self._pools:
+            parts = [batch.parts() for batch in pool.batches]
+            if pool.goal is not None:
+                threshold = threshold_toward(pool.last_norm(parts), self._frozen_at - update_num)
+            for batch, own in zip(pool.batches, parts, strict=True):
+                if pool.goal is None:
+                    threshold = self.plan.strength * self._step_size(batch.blocks[0])
+                batch.shrink(threshold, own)
+                self.threshold = max(self.threshold, threshold)
+        if self.goals:
+            rate = max(self._rate(groups) or 0.0 for groups in self._groups)
+            self.strength = self.threshold / rate if rate else None
 
     def _rate(self, groups: "_Groups") -> float | None:
         # A composite optimizer has a generator here.
@@ -173,21 +199,11 @@ class ProximalOptimizer:
             )
         return eta
 
-    def _pools(self) -> list[tuple[Goal, list["_Groups"]]]:
-        """The goals, each with the blocks that it is about."""
-        if len(self.goals) == 1:
-            return [(self.goals[0], self._groups)]
-        pools = zip(self.goals, self._groups, strict=True)
-        return [(goal, [groups]) for goal, groups in pools]
-
+    @torch.no_grad()
     def _cut(self) -> None:
         """Zero exactly the groups that have to die, those of the smallest dual norms."""
-        for goal, pool in self._pools():
-            _, order, number = _ranking(goal, pool)
-            chosen = torch.zeros(len(order), dtype=torch.bool, device=order.device)
-            chosen[order[:number]] = True
-            counts = [groups.count for groups in pool]
-            for groups, dead in zip(pool, chosen.split(counts), strict=True):
+        for pool in self._pools:
+            for groups, dead in zip(pool.blocks, pool.doomed(), strict=True):
                 groups.zero(dead)
 
     def _freeze(self, update_num: int) -> None:
@@ -231,27 +247,12 @@ class ProximalOptimizer:
     @torch.no_grad()
     def dual_norms(self) -> Tensor:
         """What the operator compares with the threshold, for every group; shape (groups,)."""
-        return torch.cat([groups.dual_norms() for groups in self._groups])
+        return torch.cat([pool.dual_norms() for pool in self._pools])
 
     @torch.no_grad()
     def penalty(self) -> float:
         """The penalty R(W) summed over the layers, not multiplied by the strength."""
         return sum(groups.penalty() for groups in self._groups)
-
-
-def _ranking(goal: Goal, pool: Sequence["_Groups"]) -> tuple[Tensor, Tensor, int]:
-    """All dual norms, their groups' order from small to large, and how many have to die."""
-    norms = torch.cat([groups.dual_norms() for groups in pool])
-    order = norms.argsort(stable=True)
-    costs = torch.cat(
-        [
-            norms.new_full((groups.count,), cost)
-            for groups, cost in zip(pool, goal.costs, strict=True)
-        ]
-    )
-    removed = costs[order].double().cumsum(0)
-    number = int((removed < goal.amount).sum()) + 1 if goal.amount > 0 else 0
-    return norms, order, min(number, len(norms))
 
 
 @dataclass(frozen=True)
@@ -265,9 +266,12 @@ class _Part:
     def grouped(self) -> Tensor:
         return self.part.grouped(self.master.tensor, self.count)
 
-    def rows(self, tensor: Tensor) -> Tensor:
-        """A tensor in the master's shape, with a row a group."""
-        return self.part.grouped(tensor, self.count).reshape(self.count, -1)
+
+def _zero(parts: Sequence[_Part], groups: Tensor) -> None:
+    """Zero what these groups (int64 indices) have in each part."""
+    if len(groups):
+        for part in parts:
+            part.grouped().index_fill_(0, groups, 0)
 
 
 class _Groups:
@@ -283,7 +287,7 @@ class _Groups:
     ) -> None:
         groups = block.groups(bias=shape.bias, couple=shape.fc2)
         self.count = groups.count
-        self._members, self._followers = (
+        self.members, self._followers = (
             [
                 _Part(masters[part.parameter], part, groups.count)
                 for part in parts
@@ -291,78 +295,78 @@ class _Groups:
             ]
             for parts in (groups.members, groups.followers)
         )
-        self.group_index = self._members[0].master.group_index
-        entries = sum(part.master.tensor.numel() for part in self._members) / groups.count
+        self.group_index = self.members[0].master.group_index
+        self.entries = sum(part.master.tensor.numel() for part in self.members)
         # Groups of different sizes are shrunk in proportion to what random entries would add up
         # to; plain rows of fc1 by the threshold itself.
-        self._scale = (entries / groups.unit) ** operator.growth
+        self.scale = (self.entries / groups.count / groups.unit) ** operator.growth
         weight, *others = self._masters()
         self._plain = (
             groups.members[0].dim == 0
             and weight.shape[0] == groups.count
             and all(tensor.dim() == 1 for tensor in others)
         )
-        self._optimizer = optimizer
-        self._operator = operator
-        self._adam = shape.adam
+        self.optimizer = optimizer
+        self.operator = operator
+        self.adam = shape.adam
+        # Blocks of which this is equal can take a step in Adam's metric as one.
+        self.likeness = (
+            self.group_index,
+            self.scale,
+            weight.device,
+            *((part.part.dim, part.grouped().shape[1:]) for part in self.members),
+        )
 
-    def _joined(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    def _joined(self) -> tuple[Tensor, Tensor | None]:
         """A matrix with a row a group and, if rows of a weight have a bias, that.
 
-        Args:
-            tensors: in the order and the shapes of the members' masters.
-
         Returns:
-            The tensors themselves where they are rows and a bias; else copies, without a bias.
+            The masters themselves where they are rows and a bias; else a copy, without a bias.
         """
         if self._plain:
-            return tensors[0], tensors[1] if len(tensors) > 1 else None
-        parts = zip(self._members, tensors, strict=True)
-        return torch.cat([part.rows(tensor) for part, tensor in parts], dim=1), None
+            weight, *bias = self._masters()
+            return weight, bias[0] if bias else None
+        return torch.cat([part.reshape(self.count, -1) for part in self._parts()], dim=1), None
 
     def _masters(self) -> list[Tensor]:
-        return [part.master.tensor for part in self._members]
+        return [part.master.tensor for part in self.members]
 
-    def _metric(self) -> tuple[Tensor, Tensor | None]:
-        inner = self._optimizer.optimizer
-        return self._joined([part.master.adam_metric(inner) for part in self._members])
+    def _parts(self) -> list[Tensor]:
+        """Views of the masters, of shape (groups, ...)."""
+        return [part.grouped() for part in self.members]
 
     def dual_norms(self) -> Tensor:
-        """What is compared with the threshold; shape (groups,)."""
-        weight, bias = self._joined(self._masters())
-        if self._adam:
-            metric, bias_metric = self._metric()
-            weight, bias = metric.mul_(weight), None if bias is None else bias_metric.mul_(bias)
-        return self._operator.dual_norm(weight, bias=bias) / self._scale
+        """What is compared with the threshold in the plain metric; shape (groups,)."""
+        weight, bias = self._joined()
+        return self.operator.dual_norm(weight, bias=bias) / self.scale
 
     def penalty(self) -> float:
         """The penalty, weighted as the thresholds are."""
-        return self._scale * float(self._operator.penalty(*self._joined(self._masters())))
+        return self.scale * float(self.operator.penalty(*self._joined()))
 
     @torch.no_grad()
     def shrink(self, threshold: float) -> None:
-        """Take the proximal step."""
-        weight, bias = self._joined(self._masters())
-        threshold *= self._scale
-        if self._adam:
-            metric, bias_metric = self._metric()
-            result = self._operator.prox_diagonal(weight, metric, threshold, bias, bias_metric)
-            weight, bias = (result, None) if bias is None else result
-        else:
-            self._operator.prox_(weight, threshold, bias=bias)
+        """Take the proximal step in the plain metric."""
+        weight, bias = self._joined()
+        self.operator.prox_(weight, threshold * self.scale, bias=bias)
         if not self._plain:
             self._write(weight)
-            # Where v is zero, q and k are no longer used; they do not count as alive.
-            if self._followers:
-                self.zero(~weight.any(dim=1))
-        elif self._adam:
-            for tensor, value in zip(self._masters(), (weight, bias), strict=False):
-                tensor.copy_(value)
+        self.after_step(~weight.any(dim=1) if self._followers else None)
+
+    def after_step(self, dead: Tensor | None) -> None:
+        """What follows a step on the masters: what belongs to dead groups besides, and the model.
+
+        Args:
+            dead: boolean, shape (groups,); None where nothing follows.
+        """
+        # Where v is zero, q and k are no longer used; they do not count as alive.
+        if self._followers:
+            _zero(self._followers, dead.nonzero().flatten())
         self._copy_back()
 
     def _write(self, joined: Tensor) -> None:
         start = 0
-        for part in self._members:
+        for part in self.members:
             grouped = part.grouped()
             width = grouped[0].numel()
             grouped.copy_(joined[:, start : start + width].reshape(grouped.shape))
@@ -376,18 +380,136 @@ class _Groups:
             chosen: indices of groups (int64), or a boolean for each.
         """
         rows = chosen.nonzero().flatten() if chosen.dtype == torch.bool else chosen
-        if not len(rows):
-            return
-        for part in (*self._members, *self._followers):
-            part.grouped().index_fill_(0, rows, 0)
+        _zero((*self.members, *self._followers), rows)
         self._copy_back()
 
     def dead(self) -> Tensor:
         """Which groups are zero, all entries of them; shape (groups,)."""
-        weight, bias = self._joined(self._masters())
+        weight, bias = self._joined()
         alive = (weight != 0).any(dim=1)
         return ~(alive if bias is None else alive | (bias != 0))
 
     def _copy_back(self) -> None:
-        for part in (*self._members, *self._followers):
+        for part in (*self.members, *self._followers):
             part.master.copy_back()
+
+
+class _Batch:
+    """Blocks that are alike and take a step in Adam's metric as one; in the plain one, by turns."""
+
+    def __init__(self, blocks: Sequence[_Groups]) -> None:
+        self.blocks = blocks
+        self.counts = [groups.count for groups in blocks]
+        # For each member its parts, one a block.
+        self._members = list(zip(*(groups.members for groups in blocks), strict=True))
+
+    def parts(self) -> _Parts:
+        """Views of the masters of one block, or copies of those of several; Adam's metric."""
+        if not self.blocks[0].adam:
+            return None
+        inner = self.blocks[0].optimizer.optimizer
+        values, metrics = [], []
+        for members in self._members:
+            part = members[0].part
+            masters = [member.master for member in members]
+            value = joined([master.tensor for master in masters], part.dim)
+            metric = adam_metric(masters, inner, part.dim)
+            values.append(part.grouped(value, sum(self.counts)))
+            metrics.append(part.grouped(metric, sum(self.counts)))
+        return values, metrics
+
+    def dual_norms(self, parts: _Parts) -> Sequence[Tensor]:
+        """What is compared with the threshold; for each block, shape (groups,).
+
+        Args:
+            parts: from `parts()`.
+        """
+        if parts is None:
+            return [groups.dual_norms() for groups in self.blocks]
+        norms = self.blocks[0].operator.dual_norm_diagonal(*parts)
+        return (norms / self.blocks[0].scale).split(self.counts)
+
+    def shrink(self, threshold: float, parts: _Parts) -> None:
+        """Take the proximal step.
+
+        Args:
+            parts: from `parts()`, since when the masters have not changed; overwritten.
+        """
+        if parts is None:
+            for groups in self.blocks:
+                groups.shrink(threshold)
+            return
+        first, *others = self.blocks
+        dead = first.operator.prox_diagonal_(*parts, threshold * first.scale)
+        if others:
+            for members, value in zip(self._members, parts[0], strict=True):
+                self._write(members, value)
+        for groups, own in zip(self.blocks, dead.split(self.counts), strict=True):
+            groups.after_step(own)
+
+    def _write(self, members: Sequence[_Part], values: Tensor) -> None:
+        dim = members[0].part.dim
+        sizes = [member.master.tensor.shape[dim] for member in members]
+        pieces = values.flatten(0, 1).movedim(0, dim).split(sizes, dim)
+        for member, piece in zip(members, pieces, strict=True):
+            member.master.tensor.copy_(piece)
+
+
+class _Pool:
+    """Blocks with a goal in common, or without a goal.
+
+    Attributes:
+        batches: the blocks, in another order.
+    """
+
+    def __init__(self, goal: Goal | None, blocks: Sequence[_Groups]) -> None:
+        self.goal = goal
+        self.blocks = blocks
+        batches: list[list[_Groups]] = []
+        last: dict[Any, list[_Groups]] = {}  # of the batches with blocks like these
+        for groups in blocks:
+            batch = last.get(groups.likeness, [])
+            if not batch or sum(b.entries for b in batch) + groups.entries > _BATCH_ENTRIES:
+                batch = last[groups.likeness] = []
+                batches.append(batch)
+            batch.append(groups)
+        self.batches = [_Batch(batch) for batch in batches]
+
+    def dual_norms(self, parts: Sequence[_Parts] | None = None) -> Tensor:
+        """What is compared with the threshold, for every group; shape (groups,).
+
+        Args:
+            parts: of the batches, if they are known.
+        """
+        if parts is None:
+            parts = [batch.parts() for batch in self.batches]
+        norms = {}
+        for batch, own in zip(self.batches, parts, strict=True):
+            norms.update(zip(batch.blocks, batch.dual_norms(own), strict=True))
+        return torch.cat([norms[groups] for groups in self.blocks])
+
+    def _number(self, order: Tensor | None = None) -> int:
+        """How many groups have to die, in an order; None where all cost the same."""
+        counts = torch.tensor([groups.count for groups in self.blocks])
+        costs = torch.tensor(self.goal.costs, dtype=torch.float64).repeat_interleave(counts)
+        removed = (costs if order is None else costs[order.cpu()]).cumsum(0)
+        if self.goal.amount <= 0:
+            return 0
+        return min(int((removed < self.goal.amount).sum()) + 1, len(removed))
+
+    def last_norm(self, parts: Sequence[_Parts]) -> float:
+        """The dual norm of the last group that has to die; 0 if none has to."""
+        norms = self.dual_norms(parts)
+        if len(set(self.goal.costs)) == 1:
+            number = self._number()
+            return float(norms.kthvalue(number).values) if number else 0.0
+        norms, order = norms.sort()
+        number = self._number(order)
+        return float(norms[number - 1]) if number else 0.0
+
+    def doomed(self) -> Sequence[Tensor]:
+        """Which groups have to die, those of the smallest dual norms; for each block a boolean."""
+        order = self.dual_norms().argsort(stable=True)
+        chosen = torch.zeros(len(order), dtype=torch.bool, device=order.device)
+        chosen[order[: self._number(order)]] = True
+        return chosen.split([groups.count for groups in self.blocks])

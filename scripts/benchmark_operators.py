@@ -204,9 +204,12 @@ def time_training(name: str, model: torch.nn.Module, tokens: int, words: int, ro
             steps[operator + label] = ProximalOptimizer(
                 optimizer, blocks, prox.OPERATORS[operator], plan, shape
             )
+            if shape.adam and not target:  # on the scale of that metric, or all rows would die
+                size = float(steps[operator + label].dual_norms().median())
+                steps[operator + label].plan = Plan(strength=1e-3 * size, step_size=1.0)
             if target:
                 count = sum(block.count for block in blocks)
-                steps[operator + label].goal = Goal(count // 2, (1,) * len(blocks))
+                steps[operator + label].aim_at([Goal(count // 2, (1,) * len(blocks))])
     initial = {name: value.clone() for name, value in model.state_dict().items()}
     whole, times = [], {label: [] for label in steps}
     for _ in range(rounds):

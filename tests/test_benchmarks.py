@@ -1,4 +1,4 @@
-"""The benchmark of compacted models: what it counts, what it writes, how it fails."""
+"""The benchmarks: of compacted models, what it counts, writes, how it fails; of the operators."""
 
 import importlib
 import json
@@ -12,6 +12,8 @@ from conftest import ROOT
 from fairseq.sequence_generator import SequenceGenerator
 from small_models import build_model, dictionary
 from torch.utils.flop_counter import FlopCounterMode
+
+from fairseq_autosize.proximal_optimizer import ProximalOptimizer
 
 SCRIPTS = ROOT / "scripts"
 
@@ -76,6 +78,27 @@ def test_results_are_not_overwritten(bench_inference, monkeypatch, tmp_path, cap
     with pytest.raises(SystemExit):
         bench_inference.parse_args()
     assert "exists already; add --force" in capsys.readouterr().err
+
+
+def test_operators_in_training_reach_their_targets(monkeypatch):
+    """Each setting takes steps of its own: one without thresholds would cost nothing."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    benchmark = importlib.import_module("benchmark_operators")
+    thresholds = []
+    step = ProximalOptimizer.step
+
+    def watched(self, update_num):
+        done = step(self, update_num)
+        thresholds.append((bool(self.goals), self.threshold))
+        return done
+
+    monkeypatch.setattr(ProximalOptimizer, "step", watched)
+    model = benchmark.build_model(layers=1, width=8, ffn=8, heads=2, words=20)
+    result = benchmark.time_training("tiny", model, 50, 20, 1)
+    shares = [value for key, value in result.items() if key.endswith(" %")]
+    assert len(shares) == 8 and min(shares) > 0
+    assert [has_goal for has_goal, _ in thresholds] == [False, True, False, True] * 2
+    assert min(threshold for _, threshold in thresholds) > 0
 
 
 @pytest.mark.heavy

@@ -9,6 +9,7 @@ from fairseq.optim import build_optimizer as build_fairseq_optimizer
 from test_proximal_optimizer import LEARNING_RATE, MODES, Model, build, whole_config
 from torch import nn
 
+from fairseq_autosize import prox
 from fairseq_autosize.groups import FeedForward, dead_neurons, feed_forward_in_model
 from fairseq_autosize.masters import find_masters
 from fairseq_autosize.prox import OPERATORS
@@ -49,7 +50,7 @@ def controlled(model, optimizer, operator="l21", share=0.5, freeze=9, shape=None
         shape or GroupShape(),
     )
     if share is not None:
-        proximal.goals = (Goal(round(share * GROUPS), (1, 1)),)
+        proximal.aim_at([Goal(round(share * GROUPS), (1, 1))])
     return proximal
 
 
@@ -135,12 +136,29 @@ def test_costs_decide_how_many_have_to_die():
         layer.fc1_weight.data.fill_(size)
         layer.fc1_bias.data.fill_(0)
     proximal = controlled(model, optimizer, share=None, freeze=3)
-    proximal.goals = (Goal(32, (1, 5)),)
+    proximal.aim_at([Goal(32, (1, 5))])
     for update in range(3):
         optimizer.zero_grad()
         proximal.step(update)
     dead = [int(dead_neurons(layer.fc1_weight).sum()) for layer in (first, second)]
     assert dead == [2, 6]  # 6 * 5 + 2 * 1
+
+
+@pytest.mark.parametrize(
+    ("goals", "freeze", "message"),
+    [
+        ([Goal(6, (1, 1))], None, "no freeze_update"),
+        ([Goal(6, (1,))], 9, r"goals are for \[1\] blocks; there are 2"),
+        ([Goal(6, (1, 1))] * 2, 9, r"goals are for \[2, 2\] blocks"),
+        ([], 9, r"goals are for \[\] blocks"),
+    ],
+)
+def test_goals_that_do_not_fit_are_refused(goals, freeze, message):
+    model, optimizer = adam_model()
+    proximal = controlled(model, optimizer, share=None, freeze=freeze, strength=1.0)
+    with pytest.raises(ValueError, match=message):
+        proximal.aim_at(goals)
+    assert proximal.goals == ()
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -152,7 +170,7 @@ def test_each_layer_may_have_a_goal_of_its_own(operator):
     layers[1].fc1_bias.data.mul_(0.1)
     proximal = controlled(model, optimizer, operator, share=None, freeze=9)
     numbers = [layers[0].count // 2, layers[1].count // 4]
-    proximal.goals = tuple(Goal(number, (1,)) for number in numbers)
+    proximal.aim_at([Goal(number, (1,)) for number in numbers])
     for update in range(12):
         backward(model, optimizer, update)
         proximal.step(update)
@@ -316,7 +334,7 @@ def test_metric_is_what_adam_divides_by(mode, operator, monkeypatch):
             / (1 - 0.98**updates) ** 0.5
             for part in ("weight", "bias")
         }
-        expected = OPERATORS[operator].prox_diagonal(
+        expected = getattr(prox, f"prox_{operator}_diagonal")(
             masters[other.fc1.weight].tensor.detach(),
             metric["weight"],
             strength * LEARNING_RATE,

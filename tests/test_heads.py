@@ -20,6 +20,7 @@ from test_compaction import outputs, prune
 from test_control import ADAM
 from test_proximal_optimizer import whole_config
 
+from fairseq_autosize import proximal_optimizer
 from fairseq_autosize.checkpoint import parameter_names
 from fairseq_autosize.compaction import compact
 from fairseq_autosize.groups import (
@@ -167,7 +168,7 @@ def test_target_over_neurons_and_heads(operator, adam):
     assert sum(block.count for block in blocks) == 44 + 12
     plan, shape = Plan(freeze_update=12), GroupShape(adam=adam, fc2=True)
     proximal = ProximalOptimizer(optimizer, blocks, OPERATORS[operator], plan, shape)
-    proximal.goals = (Goal(50, (1,) * len(blocks)),)
+    proximal.aim_at([Goal(50, (1,) * len(blocks))])
     for update in range(18):
         backward(model, optimizer, update)
         proximal.step(update)
@@ -176,6 +177,38 @@ def test_target_over_neurons_and_heads(operator, adam):
         dead[type(block)] += int(block.dead().sum())
     assert sum(dead.values()) == 50
     assert 6 <= dead[Attention] < 12
+
+
+@pytest.mark.parametrize("target", [True, False])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_blocks_stepped_together_end_as_those_stepped_alone(operator, target, monkeypatch):
+    """In Adam's metric: neurons of layers of unequal width, and heads with what follows them."""
+    models = []
+    for limit in (0, 1 << 19):
+        monkeypatch.setattr(proximal_optimizer, "_BATCH_ENTRIES", limit)
+        model, _ = build_model()
+        optimizer = optimizer_of(model)
+        blocks = blocks_in_model(model, ("all",))
+        plan = Plan(freeze_update=12) if target else Plan(0.02 if operator == "l21" else 0.1)
+        shape = GroupShape(adam=True, fc2=True)
+        proximal = ProximalOptimizer(optimizer, blocks, OPERATORS[operator], plan, shape)
+        if target:
+            proximal.aim_at([Goal(30, (1,) * len(blocks))])
+        for update in range(14):
+            backward(model, optimizer, update)
+            proximal.step(update)
+        models.append((model, [block.dead() for block in blocks]))
+        batches = [len(batch.blocks) for pool in proximal._pools for batch in pool.batches]
+        assert batches == ([1] * 10 if limit == 0 else [4, 6]), "neurons, heads"
+    (alone, dead), (together, also_dead) = models
+    assert all(map(torch.equal, dead, also_dead))
+    assert 0 < sum(int(mask.sum()) for mask in dead) < 56
+    for (name, parameter), other in zip(
+        alone.named_parameters(), together.parameters(), strict=True
+    ):
+        # No output depends on the bias of keys: Adam makes steps of its gradient's rounding errors.
+        if not name.endswith("k_proj.bias"):
+            torch.testing.assert_close(parameter, other, rtol=1e-4, atol=1e-6)
 
 
 # --- counting and compaction --------------------------------------------------------------------

@@ -317,7 +317,8 @@ class AutosizeMixin(FairseqTask):
             logger.warning("frozen, so not auto-sized: %s", ", ".join(proximal.frozen_blocks))
         before = self._restored if self._proximal is None else self._proximal.state()
         proximal.restore(before)
-        proximal.goals = self._goals(proximal.blocks, model)
+        if goals := self._goals(proximal.blocks, model):
+            proximal.aim_at(goals)
         keys = dict.fromkeys(key for block in self._blocks for key in _meter_keys(block))
         self._meters = (
             *(f"{key}_{state}" for key in keys for state in ("alive", "pruned")),
