@@ -27,6 +27,7 @@ from ..config import (
     ConfigError,
     Settings,
     add_bias_flags,
+    check_optimizer,
     check_training_mode,
     tell_errors_in_one_line,
 )
@@ -102,6 +103,7 @@ class AutosizeMixin(FairseqTask):
         if self.settings.prox != "none":
             if self._whole_config is not None:
                 check_training_mode(self._whole_config)
+                check_optimizer(self._whole_config, self.settings)
                 self.settings.freeze_of(self._max_update)
             if not any(block.count for block in blocks_in_model(model, self.settings.groups)):
                 self._nothing_left = True
