@@ -161,3 +161,58 @@ def test_script_ends_when_one_process_fails(corpus, tmp_path):
     while is_running(waiting) and time.monotonic() < end:
         time.sleep(0.1)
     assert not is_running(waiting)
+
+
+SRUN = """#!/usr/bin/env bash
+[[ $1 == --kill-on-bad-exit=1 ]] || exit 9
+shift
+for ((task = 0; task < SLURM_NTASKS; task++)); do SLURM_PROCID=$task "$@" || exit; done
+"""
+
+
+def slurm(folder: Path, *arguments: str, **variables: object) -> subprocess.CompletedProcess:
+    """Run train_slurm.sh as in a job, on stand-ins for Slurm's and fairseq's programs."""
+    programs = {
+        "srun": SRUN,
+        "scontrol": "#!/usr/bin/env bash\n[[ $3 == 'n[7-8]' ]] && printf 'n7\\nn8\\n'\n",
+        "fairseq-train": "#!/usr/bin/env bash\necho $SRUN_CPUS_PER_TASK $*\n",
+    }
+    for name, text in programs.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": 40123, "SLURM_JOB_NODELIST": "n[7-8]", "SLURM_NNODES": 2}
+    job |= {"SLURM_NTASKS": 2, "SLURM_NTASKS_PER_NODE": 1, "SLURM_CPUS_PER_TASK": 3, **variables}
+    path = os.pathsep.join([str(folder), os.environ["PATH"]])
+    return subprocess.run(
+        ["bash", ROOT / "scripts" / "train_slurm.sh", *arguments],
+        env=os.environ | {name: str(value) for name, value in job.items()} | {"PATH": path},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_slurm_script_gives_each_task_on_a_cpu_its_rank(tmp_path):
+    """Left to fairseq, one task a node trains nothing there, and ends with status 0."""
+    result = slurm(tmp_path, "DATA", "--cpu", "--prox", "l21")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [
+        "3 DATA --cpu --prox l21 --distributed-world-size 2 --distributed-no-spawn "
+        "--distributed-init-method tcp://n7:10123 --distributed-backend gloo "
+        f"--ddp-backend legacy_ddp --distributed-rank {rank}"
+        for rank in (0, 1)
+    ]
+
+
+def test_slurm_script_leaves_the_ranks_on_gpus_to_fairseq(tmp_path):
+    result = slurm(tmp_path, "DATA", "--prox", "l21", PORT=7)
+    assert result.returncode == 0, result.stderr
+    line = "3 DATA --prox l21 --distributed-world-size 2 --distributed-port 7"
+    assert result.stdout.splitlines() == [line] * 2
+
+
+def test_slurm_script_refuses_tasks_that_do_not_fit(tmp_path):
+    result = slurm(tmp_path, "DATA", SLURM_NTASKS_PER_NODE=4)
+    assert result.returncode == 2 and not result.stdout
+    assert "2 tasks on 2 nodes with 4 on each: give --nodes and --ntasks-per-node" in result.stderr
+    result = slurm(tmp_path, "DATA", SLURM_NTASKS="")
+    assert result.returncode == 2 and "not in a Slurm job; submit it" in result.stderr
