@@ -127,7 +127,7 @@ def bars(figure) -> list[tuple[float, float]]:
 def test_the_figures_show_what_was_logged(folder, tmp_path):
     """25 of 44 alive; the compact model has fewer parameters; the losses by the updates."""
     log = (folder / "train.log").read_text()
-    more = log.splitlines()[-3].replace('"20"', '"30"').replace("8.5", "8.7")
+    more = log.splitlines()[-3].replace('"20"', '"30"').replace('"4"', '"9"')
     worse = log.splitlines()[-2].replace('"20"', '"30"').replace("8.25", "8.75")
     (folder / "train.log").write_text(f"{log}{more}\n{worse}\n")
     half, other = read_run(folder), read_run(folder, "other")
@@ -148,7 +148,7 @@ def test_the_figures_show_what_was_logged(folder, tmp_path):
     assert left < half.count["parameters"]["total"] / 1e6
     assert curves(plots["size"]) == {"half": [(left, 31.25)], "other": [(left, 30.0)]}
     assert not plots["size"].axes[0].yaxis_inverted()
-    assert [width for _, width in bars(plots["speed"])] == [4, 4]  # the median of 2, 4, 4
+    assert [width for _, width in bars(plots["speed"])] == [4, 4]  # the median of 2, 4, 9
     # One test set, the first one that all have.
     assert [width for _, width in bars(plots["translation-speed"])] == [1563.21] * 2
 
