@@ -6,10 +6,12 @@ import os
 import re
 
 import pytest
+import torch
 from conftest import TINY_MODEL, TINY_TRAINING, USER_DIR
 from small_models import build_model, checkpoint_of
+from test_checkpoint import gadgets
 
-from fairseq_autosize.checkpoint import write_checkpoint
+from fairseq_autosize.checkpoint import read_checkpoint, write_checkpoint
 from fairseq_autosize.cli import main
 from fairseq_autosize.groups import feed_forward_in_state
 from fairseq_autosize.html_report import Run, draw, read_run
@@ -131,7 +133,7 @@ def test_the_figures_show_what_was_logged(folder, tmp_path):
     worse = log.splitlines()[-2].replace('"20"', '"30"').replace("8.25", "8.75")
     (folder / "train.log").write_text(f"{log}{more}\n{worse}\n")
     half, other = read_run(folder), read_run(folder, "other")
-    half.tokens_per_second |= {"flickr": 200.0}
+    half.tokens_per_second = {"flickr": 200.0, **half.tokens_per_second}
     other.tokens_per_second |= {"coco": 300.0}
     half.scores = {"rare": 1.0, "test": 31.25}
     other.scores = {"test": 30.0}
@@ -199,6 +201,23 @@ def test_values_that_cannot_be_drawn(lines, tmp_path):
     log = read(tmp_path, "\n".join(lines))
     for plot in draw([Run("a", log)]):
         assert plot.svg
+
+
+@pytest.mark.parametrize("kind", ["posix.system", "half"])
+def test_a_hostile_checkpoint_is_told_and_not_run(kind, folder, tmp_path, capsys):
+    path = folder / "checkpoint_last.pt"
+    if kind == "half":
+        path.write_bytes(path.read_bytes()[:2000])
+        told = "truncated or damaged"
+    else:
+        deep = gadgets(tmp_path / "canary")[kind]
+        torch.save({**read_checkpoint(path), "extra_state": {"deep": deep}}, path)
+        told = "carries code: it names "
+    assert main(["report", str(folder), "--output", str(tmp_path / "report.html")]) == 0
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1
+    assert not (tmp_path / "canary").exists()
+    assert told in (tmp_path / "report.html").read_text()
 
 
 def test_files_in_the_folder_that_cannot_be_read(folder, tmp_path, capsys):
