@@ -18,6 +18,9 @@ from .prox import OPERATORS
 PROX_CHOICES = ("none", *OPERATORS)
 METRICS = ("identity", "adam")
 SCOPES = ("model", "layer")
+# fairseq's optimizers that divide each parameter's step by the root of a second moment, and do
+# nothing else to it; lamb scales it by layer, and adafactor keeps sums over rows and columns.
+WITH_ADAM_METRIC = ("adam", "cpu_adam")
 
 # Part of the training after which a target is reached, where the user does not say when; the rest
 # is the refit. docs/results.md has runs with other shares, of one seed.
@@ -362,6 +365,50 @@ def add_bias_flags(parser: ArgumentParser) -> None:
         default=AutosizeConfig.prox_bias,
         help=AutosizeConfig.__dataclass_fields__["prox_bias"].metadata["help"],
     )
+
+
+def check_optimizer(cfg: Any, settings: Settings) -> None:
+    """Refuse an optimizer that lacks what the proximal steps are to take from it.
+
+    Args:
+        cfg: fairseq's whole configuration (`FairseqConfig`).
+        settings: of a training with proximal steps.
+
+    Raises:
+        ConfigError: naming the flags and what is allowed.
+    """
+    name = getattr(cfg.optimizer, "_name", None)
+
+    def is_set(option: str) -> bool:
+        return bool(getattr(cfg.optimizer, option, False))
+
+    if settings.adam_metric:
+        if name not in WITH_ADAM_METRIC:
+            raise ConfigError(
+                f"--prox-metric adam does not work with --optimizer {name}: it needs the second "
+                f"moments of {' or '.join(WITH_ADAM_METRIC)}; use one of these, or --prox-metric "
+                "identity"
+            )
+        if is_set("fp16_adam_stats"):
+            raise ConfigError(
+                "--prox-metric adam does not work with --fp16-adam-stats, which keeps the second "
+                "moments scaled: leave that out, or use --prox-metric identity"
+            )
+    if name != "adafactor":
+        return
+    if is_set("relative_step") and cfg.optimizer.lr[0] is not None:
+        raise ConfigError(
+            "--prox does not work with --relative-step on fairseq-train's command line, where "
+            "--lr always has a value, which fairseq's Adafactor refuses beside it: leave it out"
+        )
+    if settings.step_size is None and not settings.has_target:
+        for flag in ("relative_step", "scale_parameter"):
+            if is_set(flag):
+                raise ConfigError(
+                    "--prox-step-size schedule does not go with Adafactor's "
+                    f"--{flag.replace('_', '-')}, whose rates are not those of the schedule: give "
+                    "a constant such as --prox-step-size 0.001, or leave that out"
+                )
 
 
 def check_training_mode(cfg: Any) -> None:

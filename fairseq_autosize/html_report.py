@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -117,19 +118,25 @@ def _read_scores(run: Run, folder: Path) -> None:
         try:
             told = json.loads(result.read_text(encoding="utf-8"))
             for split, scores in told["scores"].items():
-                run.scores[split] = float(scores["BLEU"]["score"])
+                run.scores[split] = _finite(scores["BLEU"]["score"])
                 whole = {n: s for n, s in scores.items() if "lines" not in s}  # not of a part
                 run.signatures += [f"{split}: {n} {s['signature']}" for n, s in whole.items()]
             for split, speed in told.get("tokens_per_second", {}).items():
                 if speed is not None:
-                    run.tokens_per_second[split] = float(speed)
+                    run.tokens_per_second[split] = _finite(speed)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             run.problems.append(f"{run.name}: {result}: no scores as expected: {error!r}")
         return
     for file in sorted([*folder.glob("*.txt"), *folder.glob("*.out")]):
-        with file.open("rb") as lines:
-            lines.seek(max(0, file.stat().st_size - 2000))
-            end = lines.read().decode(errors="replace")
+        if not file.is_file():  # a pipe would block
+            continue
+        try:
+            with file.open("rb") as lines:
+                lines.seek(max(0, file.stat().st_size - 2000))
+                end = lines.read().decode(errors="replace")
+        except OSError as error:
+            run.problems.append(f"{run.name}: {file}: cannot read: {error.strerror}")
+            continue
         speed = tokens_per_second(end)
         for split, metric, signature, score in _GENERATED.findall(end):
             if speed is not None:
@@ -137,6 +144,13 @@ def _read_scores(run: Run, folder: Path) -> None:
             if metric.startswith("BLEU"):
                 run.scores[split] = float(score)
                 run.signatures.append(f"{split}: {metric} {signature}".strip())
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is no score or speed")
+    return number
 
 
 # --- the figures ----------------------------------------------------------------------------------
@@ -233,8 +247,10 @@ def draw(runs: Sequence[Run]) -> list[_Plot]:
                     if points:
                         x, y = zip(*points, strict=True)
                         axes.plot(x, y, color=colours[run.name], label=label, **style)
-            # The first epochs would take most of the height.
-            axes.set_ylim(top=1.6 * min(min(y for _, y in points) for points in valid if points))
+            # The first epochs would take most of the height. One that diverged has NaN.
+            best = min((y for points in valid for _, y in points if math.isfinite(y)), default=0)
+            if best > 0:
+                axes.set_ylim(top=1.6 * best)
 
         add(
             "loss",
@@ -291,9 +307,8 @@ def _layers(axes: "Axes", run: Run) -> None:
 
     updates = sorted(run.log.layers)
     kinds = list(run.log.layers[updates[-1]])
-    maps = dict(
-        zip(kinds, ("Blues_r", "Oranges_r", "Greens_r", "Purples_r", "Greys_r"), strict=False)
-    )
+    names = itertools.cycle(("Blues_r", "Oranges_r", "Greens_r", "Purples_r", "Greys_r"))
+    maps = dict(zip(kinds, names, strict=False))
     for kind in kinds:
         counts = [run.log.layers[update].get(kind) for update in updates]
         depth = len(counts[-1])
@@ -365,13 +380,14 @@ def _quality(runs: Iterable[Run]) -> tuple[dict[str, tuple[int, float]], str, st
     else:
         losses = {run.name: run.log.series("valid", "loss") for run in runs}
         values = {name: points[-1][1] for name, points in losses.items() if points}
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
         label, better = "last validation loss", "lower"
     sizes = {run.name: run.count["parameters"]["compact"] for run in runs}
     return {name: (sizes[name], value) for name, value in values.items()}, label, better
 
 
 def _speed(run: Run) -> float | None:
-    rates = [value for _, value in run.log.series("train", "ups") if value > 0]
+    rates = [value for _, value in run.log.series("train", "ups") if 0 < value < math.inf]
     return median(rates) if rates else None
 
 
@@ -415,7 +431,8 @@ def _table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
         elif points := run.log.series("train", "neurons_alive"):
             cells["neurons alive"] = f"{points[-1][1]:,.0f}"
         if losses:
-            cells |= {"best validation loss": f"{min(losses):.3f}", "last": f"{losses[-1]:.3f}"}
+            best = min(filter(math.isfinite, losses), default=math.nan)
+            cells |= {"best validation loss": f"{best:.3f}", "last": f"{losses[-1]:.3f}"}
         if (speed := _speed(run)) is not None:
             cells["updates / s"] = f"{speed:.3g}"
         if run.name in translated:

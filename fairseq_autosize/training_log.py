@@ -57,7 +57,10 @@ class TrainingLog:
     def _add(self, tag: str, text: str) -> None:
         values = _values(tag, text)
         update = values.get("num_updates")
-        if update is None or tag == "train":  # the mean of an epoch, at an update that has its own
+        # Not NaN, nor more than a float counts exactly: a damaged line.
+        if update is None or not 0 <= update < 2**53:
+            return
+        if tag == "train":  # the mean of an epoch, at an update that has its own
             return
         if tag == "train_inner":
             self.train[int(update)] = values
@@ -81,7 +84,7 @@ def _values(tag: str, text: str) -> dict[str, float]:
     if text.startswith("{"):
         try:
             pairs = json.loads(text)
-        except ValueError:  # the end of a log that is being written
+        except (ValueError, RecursionError):  # such as the end of a log that is being written
             return {}
         # Outside of an epoch the names have the tag in front.
         pairs = {name.removeprefix(f"{tag}_"): value for name, value in pairs.items()}

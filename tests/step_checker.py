@@ -50,7 +50,7 @@ class StepChecker:
 
     def __init__(self, trainer: Trainer, file: str) -> None:
         self.trainer, self.file = trainer, Path(file)
-        self.summary = {"updates": 0, "skipped": 0, "rates": [], "dead": []}
+        self.summary = {"updates": 0, "skipped": 0, "rates": [], "dead": [], "hashes": []}
         self.steps = 0
         self.whole_step, trainer.task.optimizer_step = trainer.task.optimizer_step, self.step
 
@@ -109,7 +109,7 @@ class StepChecker:
         digest = hashlib.sha256()
         for tensor in masters.values():
             digest.update(tensor.contiguous().numpy().tobytes())
-        self.summary["hash"] = digest.hexdigest()
+        self.summary["hashes"].append(digest.hexdigest())
         self.summary["skipped" if skipped else "updates"] += 1
         self.summary["rates"].append(rate)
         self.summary["dead"].append(sum(dead))

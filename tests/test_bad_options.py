@@ -45,6 +45,18 @@ COMMAND_LINES = {
     "--prox none --prox-target-sparsity 0.5": "sparsity 0.5 does not go with --prox none",
     "--prox l21 --prox-metric newton": "argument --prox-metric: invalid choice: 'newton'",
     "--prox l21 --prox-metric adam": "error: --prox-metric adam has no default strength: give",
+    "--prox l21 --prox-metric adam --prox-strength 1 --optimizer sgd": (
+        "error: --prox-metric adam does not work with --optimizer sgd: it needs the second moments"
+    ),
+    "--prox l21 --prox-metric adam --prox-target-sparsity 0.5 --optimizer adafactor": (
+        "--prox-metric adam does not work with --optimizer adafactor: it needs the second moments"
+    ),
+    "--prox l21 --optimizer adafactor --relative-step": (
+        "error: --prox does not work with --relative-step on fairseq-train's command line"
+    ),
+    "--prox l21 --optimizer adafactor --scale-parameter": (
+        "error: --prox-step-size schedule does not go with Adafactor's --scale-parameter, whose"
+    ),
     "--prox l21 --prox-bias yes": "unrecognized arguments: yes",
     "--prox l21 --prox-couple 1": "unrecognized arguments: 1",
     "--prox l21 --best-checkpoint-metric loss_after_freeze": "loss_after_freeze: there is no ",
@@ -69,17 +81,25 @@ def test_command_line_ends_in_one_line(options, corpus, tmp_path):
     assert not list(tmp_path.glob("*.pt"))
 
 
+HYDRA_TASK = {"_name": "translation_autosize", "prox": "l21"}
+HYDRA_TASK |= {"prox_metric": "adam", "prox_strength": 1}
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("task.prox=l3", "Invalid value 'l3', expected one of [none, l21, linf1]"),
-        ("+task.prox_strength=strong", "Value 'strong' of type 'str' could not be converted to F"),
+        ("task.prox_strength=strong", "Value 'strong' of type 'str' could not be converted to F"),
         ("+task.prox_strenght=1", "Key 'prox_strenght' not in 'TranslationAutosizeConfig'"),
         (
             "+task.prox_target_sparsity=2",
             "ConfigError: --prox-target-sparsity 2.0: must be a share",
         ),
         ("+task.prox_freeze_update=soon", "ConfigError: --prox-freeze-update soon: must be a num"),
+        (
+            "+optimizer.fp16_adam_stats=true",
+            "ConfigError: --prox-metric adam does not work with --fp16-adam-stats, which keeps",
+        ),
     ],
 )
 def test_hydra_override_is_named(override, message, corpus, tmp_path):
@@ -87,7 +107,7 @@ def test_hydra_override_is_named(override, message, corpus, tmp_path):
     config = {
         **GROUP,
         "common": {"user_dir": str(USER_DIR), "cpu": True},
-        "task": {"_name": "translation_autosize", "prox": "l21", "data": str(corpus)},
+        "task": {**HYDRA_TASK, "data": str(corpus)},
         "model": {"_name": "transformer"},
         "criterion": {"_name": "cross_entropy"},
         "dataset": {"max_tokens": 400},
@@ -100,6 +120,6 @@ def test_hydra_override_is_named(override, message, corpus, tmp_path):
     assert result.returncode == 1
     end = result.stdout.strip().splitlines()[-5:]
     assert any(message in line for line in end), result.stdout[-2000:]
-    option = override.lstrip("+").removeprefix("task.").partition("=")[0]
+    option = override.lstrip("+").partition("=")[0].partition(".")[2]
     assert any(option in line.replace("-", "_") for line in end)
     assert not list(tmp_path.glob("*.pt"))

@@ -8,7 +8,13 @@ import torch
 from fairseq.dataclass.configs import FairseqConfig
 from omegaconf import OmegaConf
 
-from fairseq_autosize.config import AutosizeConfig, ConfigError, Settings, check_training_mode
+from fairseq_autosize.config import (
+    AutosizeConfig,
+    ConfigError,
+    Settings,
+    check_optimizer,
+    check_training_mode,
+)
 from fairseq_autosize.groups import FeedForward
 from fairseq_autosize.tasks._autosize import AutosizeMixin
 
@@ -156,6 +162,74 @@ def test_modes_that_would_go_wrong_are_refused_with_what_to_use(key, value, mess
         check_training_mode(cfg)
     assert str(caught.value).endswith("or train with --prox none")
     assert "\n" not in str(caught.value)
+
+
+def whole_config(**optimizer: object):
+    cfg = OmegaConf.create(asdict(FairseqConfig()))
+    cfg.optimizer = optimizer
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options", "message"),
+    [
+        *(
+            (
+                {"_name": name},
+                {"prox_metric": "adam"},
+                f"--prox-metric adam does not work with --optimizer {name}: it needs the second "
+                "moments of adam or cpu_adam; use one of these, or --prox-metric identity",
+            )
+            for name in ("sgd", "nag", "adagrad", "adadelta", "adamax", "adafactor", "composite")
+        ),
+        (
+            {"_name": "adam", "fp16_adam_stats": True},
+            {"prox_metric": "adam"},
+            "--prox-metric adam does not work with --fp16-adam-stats, .* leave that out, or use",
+        ),
+        (
+            {"_name": "adafactor", "relative_step": True, "lr": [0.25]},
+            {"prox_step_size": "0.001"},
+            "--prox does not work with --relative-step on .*, where --lr always has .* leave it",
+        ),
+        (
+            {"_name": "adafactor", "relative_step": True, "lr": [None]},
+            {},
+            "--prox-step-size schedule does not go with Adafactor's --relative-step, .* give a",
+        ),
+        (
+            {"_name": "adafactor", "scale_parameter": True, "lr": [0.25]},
+            {},
+            "--prox-step-size schedule does not go with Adafactor's --scale-parameter, .* give a",
+        ),
+    ],
+)
+def test_optimizers_that_lack_what_the_steps_need_are_refused(optimizer, options, message):
+    chosen = settings(prox="l21", prox_strength=1.0, **options)
+    with pytest.raises(ConfigError, match=message) as caught:
+        check_optimizer(whole_config(**optimizer), chosen)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        ({"_name": "adam", "fp16_adam_stats": False}, {"prox_metric": "adam", "prox_strength": 1}),
+        ({"_name": "adam", "fp16_adam_stats": True}, {}),
+        ({"_name": "sgd"}, {}),
+        ({"_name": "adafactor", "relative_step": False, "lr": [0.25]}, {}),
+        (
+            {"_name": "adafactor", "relative_step": True, "lr": [None]},
+            {"prox_step_size": "0.001"},
+        ),
+        (
+            {"_name": "adafactor", "scale_parameter": True, "lr": [0.25]},
+            {"prox_target_sparsity": 0.5},
+        ),
+    ],
+)
+def test_other_optimizers_are_not_refused(optimizer, options):
+    check_optimizer(whole_config(**optimizer), settings(prox="l21", **options))
 
 
 def test_processes_of_torchrun_that_would_train_alone_are_refused(monkeypatch):

@@ -2,15 +2,19 @@
 """Reports: what is read from the logs of fairseq's versions of a progress bar, and the page."""
 
 import json
+import os
 import re
 
 import pytest
+import torch
 from conftest import TINY_MODEL, TINY_TRAINING, USER_DIR
 from small_models import build_model, checkpoint_of
+from test_checkpoint import gadgets
 
-from fairseq_autosize.checkpoint import write_checkpoint
+from fairseq_autosize.checkpoint import read_checkpoint, write_checkpoint
 from fairseq_autosize.cli import main
 from fairseq_autosize.groups import feed_forward_in_state
+from fairseq_autosize.html_report import Run, draw, read_run
 from fairseq_autosize.training_log import TrainingLog
 
 pytest.importorskip("matplotlib")
@@ -110,6 +114,128 @@ def test_the_page_has_it_all_and_needs_nothing_else(folder, tmp_path, capsys):
     assert all(plot.read_bytes().startswith(b"\x89PNG") for plot in plots.glob("*.png"))
 
 
+def curves(figure) -> dict[str, list[tuple[float, float]]]:
+    """The labelled curves of a figure."""
+    (axes,) = figure.axes
+    lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
+    return {line.get_label(): [tuple(point) for point in line.get_xydata()] for line in lines}
+
+
+def bars(figure) -> list[tuple[float, float]]:
+    """Height and width of a figure's bars."""
+    return [(bar.get_height(), bar.get_width()) for bar in figure.axes[0].patches]
+
+
+def test_the_figures_show_what_was_logged(folder, tmp_path):
+    """25 of 44 alive; the compact model has fewer parameters; the losses by the updates."""
+    log = (folder / "train.log").read_text()
+    more = log.splitlines()[-3].replace('"20"', '"30"').replace('"4"', '"9"')
+    worse = log.splitlines()[-2].replace('"20"', '"30"').replace("8.25", "8.75")
+    (folder / "train.log").write_text(f"{log}{more}\n{worse}\n")
+    half, other = read_run(folder), read_run(folder, "other")
+    half.tokens_per_second = {"flickr": 200.0, **half.tokens_per_second}
+    other.tokens_per_second |= {"coco": 300.0}
+    half.scores = {"rare": 1.0, "test": 31.25}
+    other.scores = {"test": 30.0}
+    plots = {plot.name: plot.figure for plot in draw([half, other])}
+    share = 100 * 25 / 44
+    assert curves(plots["neurons"])["half"] == [(10, 100), (20, share), (30, share)]
+    layers = curves(plots["layers-half"])
+    # The second layers have 3 of 12 and 0 of 10; to the end of the run, where they are the same.
+    assert layers["encoder-ffn 2"] == [(20, 25), (30, 25)]
+    assert layers["decoder-ffn 2"] == [(20, 0), (30, 0)]
+    assert [height for height, _ in bars(plots["widths"])] == [12, 3, 10, 0] * 2
+    assert curves(plots["loss"])["half"] == [(20, 8.25), (30, 8.75)]
+    left = half.count["parameters"]["compact"] / 1e6
+    assert left < half.count["parameters"]["total"] / 1e6
+    assert curves(plots["size"]) == {"half": [(left, 31.25)], "other": [(left, 30.0)]}
+    assert not plots["size"].axes[0].yaxis_inverted()
+    assert [width for _, width in bars(plots["speed"])] == [4, 4]  # the median of 2, 4, 9
+    # One test set, the first one that all have.
+    assert [width for _, width in bars(plots["translation-speed"])] == [1563.21] * 2
+
+    half.scores, other.scores = {}, {}
+    plots = {plot.name: plot.figure for plot in draw([half, other])}
+    assert curves(plots["size"])["half"] == [(left, 8.75)]
+    assert plots["size"].axes[0].yaxis_inverted(), "up is better"
+
+
+def test_the_table_has_the_best_loss_and_the_last(folder, tmp_path):
+    log = (folder / "train.log").read_text()
+    worse = log.splitlines()[-2].replace('"20"', '"30"').replace("8.25", "8.75")
+    (folder / "train.log").write_text(f"{log}{worse}\n")
+    assert main(["report", str(folder), "--output", str(tmp_path / "report.html")]) == 0
+    assert "<td>8.250</td><td>8.750</td>" in (tmp_path / "report.html").read_text()
+
+
+LINE = JSON.splitlines()[2]
+VALID = JSON.splitlines()[5]
+LAYERS = "... | alive after update 9, layer by layer: "
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(LINE.replace('"10"', f'"{n}"') for n in ("inf", "nan", "-5", "1e300", "1" + "0" * 400)),
+        "... | train_inner | " + '{"a": ' + "[" * 100_000,
+        '... | train_inner | {"num_updates": {"a": 1}}',
+    ],
+)
+def test_lines_of_no_update_are_skipped(line, tmp_path):
+    log = read(tmp_path, f"{line}\n{JSON}{line}\n")
+    assert sorted(log.train) == [10, 20] and sorted(log.valid) == [20]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [VALID.replace("8.25", "nan"), LINE.replace("9.5", "inf")],
+        [VALID.replace("8.25", "-3"), LINE.replace("9.5", "nan")],
+        [JSON, VALID.replace("20", "30").replace("8.25", "inf"), LINE.replace('"2"', '"1e400"')],
+        [LINE, LAYERS + "; ".join(f"kind{n} 1" for n in range(9))],
+        [LINE, LAYERS.replace("9", "9" * 30) + "encoder-ffn 1" + "0" * 400],
+    ],
+)
+def test_values_that_cannot_be_drawn(lines, tmp_path):
+    """Of a training that has diverged, or made up: the others are drawn."""
+    log = read(tmp_path, "\n".join(lines))
+    for plot in draw([Run("a", log)]):
+        assert plot.svg
+
+
+@pytest.mark.parametrize("kind", ["posix.system", "half"])
+def test_a_hostile_checkpoint_is_told_and_not_run(kind, folder, tmp_path, capsys):
+    path = folder / "checkpoint_last.pt"
+    if kind == "half":
+        path.write_bytes(path.read_bytes()[:2000])
+        told = "truncated or damaged"
+    else:
+        deep = gadgets(tmp_path / "canary")[kind]
+        torch.save({**read_checkpoint(path), "extra_state": {"deep": deep}}, path)
+        told = "carries code: it names "
+    assert main(["report", str(folder), "--output", str(tmp_path / "report.html")]) == 0
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1
+    assert not (tmp_path / "canary").exists()
+    assert told in (tmp_path / "report.html").read_text()
+
+
+def test_files_in_the_folder_that_cannot_be_read(folder, tmp_path, capsys):
+    os.mkfifo(folder / "pipe.txt")
+    (folder / "folder.out").mkdir()
+    (folder / "result.json").mkdir()
+    (folder / "checkpoint_last.pt").unlink()
+    (folder / "checkpoint_last.pt").mkdir()
+    assert main(["report", str(folder), "--output", str(tmp_path / "report.html")]) == 0
+    error = capsys.readouterr().err
+    assert "checkpoint_last.pt: is a directory" in error
+    assert "result.json: no scores as expected" in error and error.count("\n") == 2
+    (folder / "result.json").rmdir()
+    page = tmp_path / "again.html"
+    assert main(["report", str(folder), "--output", str(page)]) == 0
+    assert "31.2" in page.read_text()  # of test.out
+
+
 def test_nothing_is_overwritten_without_force(folder, tmp_path, capsys):
     page = tmp_path / "report.html"
     page.write_text("mine")
@@ -190,7 +316,14 @@ def test_a_run_of_a_grid(folder, tmp_path):
     assert "25 of 44" in text and "flickr: rare" not in text and "<td>99</td>" in text
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '{"scores": {"test": 3}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("[]", "{", '{"scores": {"test": 3}}'),
+        '{"scores": {"test": {"BLEU": {"score": NaN, "signature": ""}}}}',
+        '{"scores": {}, "tokens_per_second": {"test": Infinity}}',
+    ],
+)
 def test_a_broken_result_is_told(content, folder, tmp_path, capsys):
     (folder / "result.json").write_text(content)
     assert main(["report", str(folder), "--output", str(tmp_path / "report.html")]) == 0

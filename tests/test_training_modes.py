@@ -48,6 +48,8 @@ MODES = {
     "update-freq-schedule": ("--update-freq 1,2,3", ""),
     "adamax": ("--optimizer adamax", ""),
     "adafactor": ("--optimizer adafactor", ""),
+    "adagrad": ("--optimizer adagrad", ""),
+    "adadelta": ("--optimizer adadelta", ""),
     "sgd": ("--optimizer sgd --momentum 0.9", ""),
     "nag": ("--optimizer nag", ""),
     "weight-decay": ("--weight-decay 0.1", ""),

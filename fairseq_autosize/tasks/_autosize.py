@@ -27,6 +27,7 @@ from ..config import (
     ConfigError,
     Settings,
     add_bias_flags,
+    check_optimizer,
     check_training_mode,
     tell_errors_in_one_line,
 )
@@ -114,6 +115,7 @@ class AutosizeMixin(FairseqTask):
         if self.settings.prox != "none":
             if root is not None:
                 check_training_mode(root)
+                check_optimizer(root, self.settings)
                 self.settings.freeze_of(self._max_update)
             if not any(block.count for block in blocks_in_model(model, self.settings.groups)):
                 self._nothing_left = True
