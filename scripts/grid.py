@@ -21,6 +21,7 @@ import shlex
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,21 @@ def shown(command: Sequence[str]) -> str:
     return shlex.join([names.get(word, word).removeprefix(here) for word in command])
 
 
+@dataclass(frozen=True)
+class Translated:
+    """A data set's translations and what they are worth.
+
+    Attributes:
+        lines: one a sentence.
+        scores: of the whole (``BLEU``, ``chrF2``) and BLEU of its parts.
+        tokens_per_second: as fairseq-generate tells it, where it does.
+    """
+
+    lines: list[str]
+    scores: dict[str, Any]
+    tokens_per_second: float | None
+
+
 class Run:
     """One run in its folder: train, choose a checkpoint, translate, score."""
 
@@ -123,6 +139,7 @@ class Run:
         self._claim()
         if result_file.exists():
             return json.loads(result_file.read_text())
+        choices = choices_of(self.settings["generate"])
         trained = self.folder / "trained.json"
         if not trained.exists():
             write_json(trained, self._train())
@@ -141,9 +158,19 @@ class Run:
             "scores": {},
             "tokens_per_second": {},
         }
-        for subset, split in {"valid": "valid", **self.record["gen_subsets"]}.items():
-            result["scores"][split], speed = self._translate(subset, split)
-            result["tokens_per_second"][split] = speed
+        tried = [self._translate("valid", "valid", generate) for generate in choices]
+        bleu = [translated.scores["BLEU"]["score"] for translated in tried]
+        best = bleu.index(max(bleu))
+        if choices != [self.settings["generate"]]:
+            result["chosen"] = {"generate": choices[best], "BLEU valid": bleu}
+        translated = {"valid": tried[best]}
+        for subset, split in self.record["gen_subsets"].items():
+            translated[split] = self._translate(subset, split, choices[best])
+        for split, found in translated.items():
+            text = "".join(f"{line}\n" for line in found.lines)
+            (self.folder / f"{split}.txt").write_text(text, encoding="utf-8")
+            result["scores"][split] = found.scores
+            result["tokens_per_second"][split] = found.tokens_per_second
         write_json(result_file, result)
         if self.settings["keep"] == "selected":
             for path in self.folder.glob("checkpoint*.pt"):
@@ -243,17 +270,16 @@ class Run:
         shrinks = self.settings["train"].get("prox", "none") != "none"
         return self.settings["train"]["max-update"] if shrinks else 0
 
-    def _translate(self, subset: str, split: str) -> tuple[dict[str, Any], float | None]:
-        """Scores of a data set, and tokens per second."""
-        log, text = self.folder / f"{split}.out", self.folder / f"{split}.txt"
+    def _translate(self, subset: str, split: str, generate: Mapping[str, Any]) -> Translated:
+        """Translate and score a data set with these options of fairseq-generate."""
+        log = self.folder / f"{split}.out"
         command = [sys.executable, "-m", "fairseq_cli.generate", *self._corpus()]
         command += ["--path", str(self.folder / "checkpoint_selected.pt"), "--gen-subset", subset]
         command += shlex.split(REMOVE_BPE[self.record["bpe"]])
-        pipeline.execute([*command, *options(self.settings["generate"])], log)
+        pipeline.execute([*command, *options(generate)], log)
         target = self.record["languages"][1]
         references = pipeline.lines_of(self.data / "raw" / f"{split}.{target}")
         translations = pipeline.hypotheses(log, len(references))
-        text.write_text("".join(f"{line}\n" for line in translations), encoding="utf-8")
         speed = tokens_per_second(log.read_text(encoding="utf-8"))
         log.unlink()
         found = pipeline.scores(translations, references)
@@ -262,7 +288,24 @@ class Run:
             if lines:
                 part = [[texts[line] for line in lines] for texts in (translations, references)]
                 found[name] = {"lines": len(lines)} | pipeline.scores(*part)["BLEU"]
-        return found, speed
+        return Translated(translations, found, speed)
+
+
+def choices_of(generate: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The options of fairseq-generate, once for each value of the one that has a list of them.
+
+    Raises:
+        RunError: several have one, or a list is empty.
+    """
+    lists = [name for name, value in generate.items() if isinstance(value, list)]
+    if not lists:
+        return [dict(generate)]
+    if len(lists) > 1 or not generate[lists[0]]:
+        raise RunError(
+            f"generate.{lists[-1]}: {generate[lists[-1]]}: one option can have a list of values, "
+            "and it must not be empty"
+        )
+    return [{**generate, lists[0]: value} for value in generate[lists[0]]]
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -45,8 +45,9 @@ def _compare(output: Path, results: Sequence[Mapping[str, Any]], baseline: str) 
     """Every run against a baseline on every data set and split.
 
     The seeds that both have are taken together: their translations one after the other, as one
-    test set. Each entry has data, split, run, baseline, seeds, the mean difference of BLEU and
-    p (two-sided).
+    test set. Each entry has data, split, run, baseline, seeds, the difference in BLEU of that set
+    and its p (two-sided). It may differ from that of the mean BLEU, as one seed's translations
+    that are too short are made up for by another's that are too long.
     """
     by_key = {(result["data"], result["run"], result["seed"]): result for result in results}
     found = []
@@ -59,29 +60,25 @@ def _compare(output: Path, results: Sequence[Mapping[str, Any]], baseline: str) 
         splits = next(iter(pairs.values()))[0]["scores"] if pairs else ()
         for split in splits:
             sides = list(zip(*pairs.values(), strict=True))
-            ours, theirs = (
-                mean(result["scores"][split]["BLEU"]["score"] for result in side) for side in sides
-            )
             entry = {"data": data, "split": split, "run": run, "baseline": baseline}
-            p = _p_value(output, *sides, split)
-            found.append(
-                entry | {"seeds": sorted(pairs), "difference": round(ours - theirs, 2), "p": p}
-            )
+            difference, p = _paired_test(output, *sides, split)
+            found.append(entry | {"seeds": sorted(pairs), "difference": difference, "p": p})
     return found
 
 
-def _p_value(output: Path, ours: Sequence, theirs: Sequence, split: str) -> float:
+def _paired_test(output: Path, ours: Sequence, theirs: Sequence, split: str) -> tuple[float, float]:
     def translated(runs: Sequence) -> list[str]:
         files = (output / run["folder"] / f"{split}.txt" for run in runs)
         return [line for file in files for line in pipeline.lines_of(file)]
 
     systems = [("baseline", translated(theirs)), ("system", translated(ours))]
     if systems[0][1] == systems[1][1]:
-        return 1.0  # sacrebleu calls a difference of exactly nothing significant
+        return 0.0, 1.0  # sacrebleu calls a difference of exactly nothing significant
     raw = Path(ours[0]["path"]) / "raw" / f"{split}.{ours[0]['target']}"
     references = [pipeline.lines_of(raw) * len(ours)]
     test = PairedTest(systems, {"BLEU": BLEU()}, references, "bs", n_samples=SAMPLES)
-    return float(test()[1]["BLEU"][1].p_value)
+    before, after = test()[1]["BLEU"]
+    return round(after.score - before.score, 2), float(after.p_value)
 
 
 def table(summary: Mapping[str, Any]) -> str:
@@ -113,10 +110,18 @@ def table(summary: Mapping[str, Any]) -> str:
 
 
 def parts_table(summary: Mapping[str, Any]) -> str:
-    """Markdown: BLEU on the test sentences with rare words, on long ones, and how many they are."""
+    """Markdown: more on the test set: chrF, lengths, sentences with rare words and long ones."""
     rows = []
     for (data, run), results in _by_run(summary["results"]):
         row = {"data": data, "run": run}
+        tests = [result["scores"]["test"] for result in results]
+        row["chrF"] = values([test["chrF2"]["score"] for test in tests], 1)
+        if all("length" in test["BLEU"] for test in tests):
+            row["length"] = values([test["BLEU"]["length"] for test in tests], 2)
+        for option, value in results[0]["generate"].items():
+            if isinstance(value, list):
+                chosen = [str(result["chosen"]["generate"][option]) for result in results]
+                row[option] = " ".join(chosen)
         for name in ("rare", "long"):
             parts = [result["scores"]["test"].get(name) for result in results]
             if all(parts):

@@ -87,12 +87,14 @@ def lines_of(path: Path) -> list[str]:
 
 
 def scores(translations: list[str], references: list[str]) -> dict[str, dict[str, Any]]:
-    """BLEU and chrF of a test set, each with its signature."""
+    """BLEU and chrF of a test set, each with its signature; the length as a ratio (BLEU's)."""
     found = {}
     for metric in (sacrebleu.BLEU(), sacrebleu.CHRF()):
         score = metric.corpus_score(translations, [references])
         signature = str(metric.get_signature())
         found[score.name] = {"score": round(score.score, 2), "signature": signature}
+        if score.name == "BLEU":
+            found["BLEU"]["length"] = round(score.sys_len / max(score.ref_len, 1), 4)
     return found
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sacrebleu
 import yaml
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
@@ -107,6 +108,23 @@ def test_wrong_names_are_told(grid, tmp_path, override, message):
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize(
+    ("generate", "number"),
+    [({"beam": 5}, 1), ({"beam": 5, "lenpen": [1, 2]}, 2), ({"lenpen": [1.5]}, 1)],
+)
+def test_a_list_of_values_is_tried(grid, generate, number):
+    choices = grid.choices_of(generate)
+    assert len(choices) == number
+    assert all(choice.keys() == generate.keys() for choice in choices)
+    assert not any(isinstance(value, list) for choice in choices for value in choice.values())
+
+
+@pytest.mark.parametrize("generate", [{"beam": [1, 5], "lenpen": [1, 2]}, {"lenpen": []}])
+def test_lists_that_leave_no_choice_or_two_are_refused(grid, generate):
+    with pytest.raises(grid.RunError, match=r"generate\.lenpen: .*: one option can have a list"):
+        grid.choices_of(generate)
+
+
 def test_options_of_a_mapping(grid):
     chosen = {"arch": "transformer", "share-all-embeddings": True, "cpu": False, "lr": None, "n": 0}
     words = ["--arch", "transformer", "--share-all-embeddings", "--n", "0"]
@@ -118,6 +136,10 @@ def test_sentences_with_rare_words_and_long_ones(grid_results):
     references = ["often", "often seldom", "never often often", "often often often often"]
     groups = grid_results.sentence_groups(references, training)
     assert groups == {"rare": [1, 2], "long": [3]}
+
+
+def read(path: Path) -> list[str]:
+    return path.read_text().splitlines()
 
 
 @pytest.fixture
@@ -155,11 +177,19 @@ def test_collected_runs_are_compared_with_the_baselines(grid_results, output):
     summary = grid_results.collect(output, folders, ["base", "absent"])
     found = {entry["run"]: entry for entry in summary["comparisons"]}
     assert set(found) == {"worse", "same"}
-    assert found["worse"]["difference"] == -20 and found["worse"]["seeds"] == [1, 2]
+    texts = [
+        [line for seed in (1, 2) for line in read(output / "a" / run / f"seed-{seed}" / "test.txt")]
+        for run in ("base", "worse")
+    ]
+    references = read(output.parent / "data" / "raw" / "test.en") * 2
+    base, worse = (sacrebleu.corpus_bleu(lines, [references]).score for lines in texts)
+    assert worse < base - 10 and found["worse"]["seeds"] == [1, 2]
+    assert found["worse"]["difference"] == pytest.approx(worse - base, abs=0.006)
+    assert found["same"]["difference"] == 0
     assert found["worse"]["p"] < 0.01 and found["same"]["p"] == 1
     row = next(line for line in grid_results.table(summary).splitlines() if "| worse |" in line)
     assert "| 2 | 50.0 % | 4,000 |" in row
-    assert "41.5 (41.0 42.0)" in row and "-20.0 (p 0.00" in row
+    assert "41.5 (41.0 42.0)" in row and f"{worse - base:.1f} (p 0.00" in row
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +232,7 @@ def test_a_grid_runs_resumes_and_tells_what_failed(tmp_path, prepared):
         },
         "baselines": ["magnitude"],
         "train": {**TINY, "cpu": True},
-        "generate": {"beam": 1, "max-len-b": 10},
+        "generate": {"beam": 3, "max-len-b": 10, "lenpen": [-3, 1, 9]},
         "hydra": {"launcher": {"n_jobs": 2}, "sweeper": {"params": {"data": "tiny"}}},
     }
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
@@ -226,7 +256,18 @@ def test_a_grid_runs_resumes_and_tells_what_failed(tmp_path, prepared):
         assert not any(word.startswith(str(ROOT)) for word in result["commands"][0].split())
         folder = tmp_path / "out" / result["folder"]
         assert [path.name for path in folder.glob("*.pt")] == ["checkpoint_selected.pt"]
-        assert len((folder / "test.txt").read_text().splitlines()) == 43
+        assert len(read(folder / "test.txt")) == 43
+        # The length penalty is the validation set's best, and the translations are those of it.
+        tried = result["chosen"]["BLEU valid"]
+        assert len(set(tried)) > 1, "or this shows nothing"
+        assert result["chosen"]["generate"]["lenpen"] == [-3, 1, 9][tried.index(max(tried))]
+        for split in ("valid", "test"):
+            references = read(prepared / "raw" / f"{split}.yy")
+            bleu = sacrebleu.corpus_bleu(read(folder / f"{split}.txt"), [references])
+            told = result["scores"][split]["BLEU"]
+            assert told["score"] == pytest.approx(bleu.score, abs=0.006)
+            assert told["length"] == pytest.approx(bleu.sys_len / bleu.ref_len, abs=1e-4)
+        assert result["scores"]["valid"]["BLEU"]["score"] == max(tried)
     (comparison,) = [c for c in results["comparisons"] if c["split"] == "test"]
     assert (comparison["run"], comparison["baseline"]) == ("peer", "magnitude")
 
