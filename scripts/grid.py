@@ -45,7 +45,9 @@ GRIDS = Path(__file__).resolve().parent / "grids"
 PARTS = ("train", "generate", "select", "keep", "prune")
 SELECT, KEEP = ("best", "last"), ("selected", "all")
 
-ARGUMENTS = list(sys.argv[1:])  # as typed, before they become Hydra's
+# The variable with the command as typed. This file's module is there twice, as the program and as
+# what Hydra imports for its callbacks, which finds only Hydra's own spelling.
+TYPED = "GRID_COMMAND"
 
 # Of the process that waits; not in the callback, which Hydra sends to those that work.
 _ended = threading.Event()
@@ -377,8 +379,7 @@ class Watch(Callback):
         output = Path(config.hydra.sweep.dir)
         results = [folder for folder in folders(output) if (folder / "result.json").exists()]
         if results:
-            command = shlex.join(["python", "scripts/grid.py", *ARGUMENTS])
-            summary = {"command": command} | collect(output, results, list(config.baselines))
+            summary = {"command": os.environ[TYPED]} | collect(output, results, list(config.baselines))
             write_json(output / "results.json", summary)
             print(f"{table(summary)}\n\nall results: {output / 'results.json'}")
         for folder in (failed := sorted(failures(output))):
@@ -436,5 +437,6 @@ if __name__ == "__main__":
     # Jobs of submitit are new processes that look for this folder's modules.
     paths = [str(GRIDS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    os.environ[TYPED] = shlex.join(["python", "scripts/grid.py", *sys.argv[1:]])
     sys.argv[1:] = hydra_arguments(sys.argv[1:])
     job()

@@ -246,6 +246,7 @@ def test_a_grid_runs_resumes_and_tells_what_failed(tmp_path, prepared):
     assert "failed: out/tiny/wrong/seed-1: exit 2, see the end of" in first.stderr
     assert "invalid" in first.stderr and "much" in first.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["command"] == "python scripts/grid.py mine.yaml run=magnitude,peer,wrong"
     assert [result["run"] for result in results["results"]] == ["magnitude", "peer"]
     for result in results["results"]:
         neurons = result["neurons"]["ffn_neurons"]
