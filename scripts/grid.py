@@ -379,7 +379,8 @@ class Watch(Callback):
         output = Path(config.hydra.sweep.dir)
         results = [folder for folder in folders(output) if (folder / "result.json").exists()]
         if results:
-            summary = {"command": os.environ[TYPED]} | collect(output, results, list(config.baselines))
+            collected = collect(output, results, list(config.baselines))
+            summary = {"command": os.environ[TYPED]} | collected
             write_json(output / "results.json", summary)
             print(f"{table(summary)}\n\nall results: {output / 'results.json'}")
         for folder in (failed := sorted(failures(output))):
