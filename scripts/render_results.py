@@ -246,15 +246,10 @@ def main() -> int:
         elif new != old:
             path.write_text(new, encoding="utf-8")
     if not check:
-        shown = {
-            name
-            for path in DOCS.glob("*.md")
-            for name in re.findall(
-                r"<!-- (?:table|seeds|grid) (\S+)", path.read_text(encoding="utf-8")
-            )
-        }
-        for name in sorted(shown):
-            draw(DOCS / "results" / f"{name}.json")
+        pages = "\n".join(path.read_text(encoding="utf-8") for path in DOCS.glob("*.md"))
+        for name in sorted(set(re.findall(r"<!-- (?:table|seeds|grid) (\S+)", pages))):
+            if re.search(rf"\(results/{re.escape(name)}[\w-]*\.png\)", pages):
+                draw(DOCS / "results" / f"{name}.json")
         draw_gallery("multi30k-de-en")
     return int(stale)
 
