@@ -132,9 +132,8 @@ def _split(joined: Tensor, weight: Tensor, bias: Tensor | None) -> Result:
 
 
 def _per_row(t: Threshold, weight: Tensor) -> Tensor:
-    """A checked threshold as a tensor of shape (rows,) in the compute dtype."""
-    if isinstance(t, float):
-        t = torch.full((), t, dtype=_COMPUTE_DTYPE[weight.dtype], device=weight.device)
+    """A threshold as a tensor of shape (rows,) in the compute dtype."""
+    t = torch.as_tensor(t, dtype=_COMPUTE_DTYPE[weight.dtype], device=weight.device)
     return t.expand(weight.shape[0])
 
 
@@ -770,8 +769,7 @@ def prox_l21_diagonal_(
     Returns:
         Which groups are zero, boolean, shape (groups,).
     """
-    t = torch.as_tensor(threshold, dtype=parts[0].dtype, device=parts[0].device)
-    t = t.expand(len(parts[0]))
+    t = _per_row(threshold, parts[0])
     e = [_column(t, d) / d for d in metrics]
     sizes = _sizes_in_metric(parts, metrics, t, e)
     zero = sizes == 0
@@ -899,8 +897,7 @@ def prox_linf1_diagonal_(
     Returns:
         Which groups are zero, boolean, shape (groups,).
     """
-    t = torch.as_tensor(threshold, dtype=parts[0].dtype, device=parts[0].device)
-    levels = _levels_in_metric([x.abs() for x in parts], metrics, t.expand(len(parts[0])))
+    levels = _levels_in_metric([x.abs() for x in parts], metrics, _per_row(threshold, parts[0]))
     for w in parts:
         level = _column(levels, w)
         # Two passes, because clamp with tensors as bounds is several times slower.
