@@ -1,5 +1,6 @@
 """Trainings that are killed or diverge: what is left on the disk, and what the user is told."""
 
+import contextlib
 import json
 import os
 import random
@@ -30,6 +31,15 @@ def updates_of(path: Path) -> int | None:
         return None
 
 
+def wait_for_writing(folder: str, since: float) -> None:
+    """Return as soon as a checkpoint, or what will become one, has been written to since then."""
+    while True:
+        with contextlib.suppress(FileNotFoundError):  # renamed or removed since it was listed
+            if any(p.stat().st_mtime > since for p in Path(folder).glob("*.pt*")):
+                return
+        time.sleep(0.001)
+
+
 def kill_while_training(folder: str, seed: int) -> None:
     """Let fairseq-train, in whose process this is called, fork before its first epoch.
 
@@ -48,9 +58,11 @@ def kill_while_training(folder: str, seed: int) -> None:
             if not child:
                 left.extend([{}] * KILLS)  # so that it forks no more
                 return
-            while not any(p.stat().st_mtime > forked for p in Path(folder).glob("*.pt*")):
-                time.sleep(0.01)  # until it begins to save
+            wait_for_writing(folder, forked)
             time.sleep(chooser.uniform(0, 0.8))
+            if len(left) % 2:  # every other one in the midst of writing, wherever the others are
+                wait_for_writing(folder, time.time())
+                time.sleep(chooser.uniform(0, 0.03))
             os.kill(child, signal.SIGKILL)
             assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
             left.append({p.name: updates_of(p) for p in sorted(Path(folder).glob("*.pt"))})
@@ -103,6 +115,7 @@ def test_best_or_last_is_always_whole(corpus, tmp_path):
     for files in saves:
         assert set(files) <= {"checkpoint_best.pt", "checkpoint_last.pt"}
         assert not files or any(files.values()), files
+        assert files.get("checkpoint_best.pt", True), files  # never copied to
     assert any(seen)
     whole = {name: n for name, n in saves[-1].items() if n}
     newest, updates = max(whole.items(), key=lambda item: item[1])
