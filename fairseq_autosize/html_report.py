@@ -314,10 +314,11 @@ def _layers(axes: "Axes", run: Run) -> None:
         depth = len(counts[-1])
         colours = [colormaps[maps[kind]](0.7 * layer / depth) for layer in range(depth)]
         for layer, colour in enumerate(colours):
+            full = _full(run, kind, layer, counts)
             points = [
                 (update, 100 * now[layer] / full)
                 for update, now in zip(updates, counts, strict=True)
-                if now and len(now) == depth and (full := _full(run, kind, layer, counts))
+                if full and now and len(now) == depth
             ]
             label = f"{kind} {layer + 1}" if depth <= 3 or layer in (0, depth - 1) else None
             if points:

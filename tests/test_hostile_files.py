@@ -4,6 +4,7 @@ What the reader refuses, and why, is in test_checkpoint.py; here it is what the 
 """
 
 import argparse
+import html
 import os
 import random
 import re
@@ -316,11 +317,7 @@ CONTENTS: dict[str, tuple[Callable[[dict], Any], list[str], str]] = {
 @pytest.mark.parametrize("case", CONTENTS)
 def test_contents_that_do_not_belong_together(attempt, folder, case):
     change, refusing, told = CONTENTS[case]
-    bad = change(valid_checkpoint(folder))
-    if "declared" in case:
-        craft("bad.pt", bad)
-    else:
-        torch.save(bad, "bad.pt")
+    write_bad(case, change(valid_checkpoint(folder)), "bad.pt")
     for command in READING:
         result = attempt(command)
         if command in refusing:
@@ -329,6 +326,32 @@ def test_contents_that_do_not_belong_together(attempt, folder, case):
             assert_refused(result)
         if Path("out").is_file():
             Path("out").unlink()
+
+
+def write_bad(case: str, bad: Any, path: str) -> None:
+    if "declared" in case:
+        craft(path, bad)
+    else:
+        torch.save(bad, path)
+
+
+@pytest.mark.parametrize("case", CONTENTS)
+def test_a_report_has_a_checkpoint_or_says_why_not(folder, capsys, monkeypatch, case):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(folder)
+    Path("run").mkdir()
+    Path("run/train.log").write_text(
+        '2026-01-01 | INFO | train_inner | {"loss": "9.5", "num_updates": "10"}\n'
+    )
+    change, refusing, told = CONTENTS[case]
+    write_bad(case, change(valid_checkpoint(folder)), "run/checkpoint_last.pt")
+    start = time.monotonic()
+    assert main(["report", "run", "--output", "report.html"]) == 0
+    assert time.monotonic() - start < 10
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) <= 1, lines
+    if "count" in refusing:
+        assert told in lines[0] and told in html.unescape(Path("report.html").read_text())
 
 
 # --- what is no file --------------------------------------------------------------------------
@@ -354,6 +377,7 @@ def test_no_permission(attempt, command):
 GENERATE = ["fairseq_cli.generate", "--max-len-b", "5", "--path"]
 TRAIN = ["fairseq_cli.train", *TINY_MODEL, *TINY_TRAINING, "--max-update", "1", "--save-dir", "new"]
 CODE = r"unsupported GLOBAL posix\.system|module posix is blocked"
+HUGE = r"does not match expected size \(4503599627370496 bytes"
 CUT = r"OSError: \[Errno 22\] Invalid argument|PytorchStreamReader failed"  # by where it is cut
 
 
@@ -366,6 +390,8 @@ CUT = r"OSError: \[Errno 22\] Invalid argument|PytorchStreamReader failed"  # by
         (GENERATE, "list", "list indices must be integers"),
         ([*TRAIN, "--restore-file"], "code", CODE),
         ([*TRAIN, "--restore-file"], "half", CUT),
+        (GENERATE, "huge", HUGE),
+        ([*TRAIN, "--restore-file"], "huge", HUGE),
         ([*TRAIN, "--finetune-from-model"], "code", CODE),
     ],
 )
@@ -375,6 +401,9 @@ def test_programs_of_fairseq(corpus, tmp_path, program, file, told):
     if file == "code":
         checkpoint["extra_state"]["deep"] = gadgets(tmp_path / "canary")["posix.system"]
     torch.save([checkpoint] if file == "list" else checkpoint, tmp_path / "bad.pt")
+    if file == "huge":
+        tensor = crafted_tensor(Storage(count=2**50), (2**50,), (1,))
+        craft(tmp_path / "bad.pt", {"model": {FC1: tensor}})
     if file == "half":
         data = (tmp_path / "bad.pt").read_bytes()
         (tmp_path / "bad.pt").write_bytes(data[: len(data) // 2])

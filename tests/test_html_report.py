@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import time
 
 import pytest
 import torch
@@ -193,6 +194,7 @@ def test_lines_of_no_update_are_skipped(line, tmp_path):
         [VALID.replace("8.25", "-3"), LINE.replace("9.5", "nan")],
         [JSON, VALID.replace("20", "30").replace("8.25", "inf"), LINE.replace('"2"', '"1e400"')],
         [LINE, LAYERS + "; ".join(f"kind{n} 1" for n in range(9))],
+        [LINE, LAYERS + "encoder-ffn 1" + "0" * 5000],
         [LINE, LAYERS.replace("9", "9" * 30) + "encoder-ffn 1" + "0" * 400],
     ],
 )
@@ -201,6 +203,20 @@ def test_values_that_cannot_be_drawn(lines, tmp_path):
     log = read(tmp_path, "\n".join(lines))
     for plot in draw([Run("a", log)]):
         assert plot.svg
+
+
+LETTERS = "x | INFO | train_inner | " + "a" * 100_000
+MANY_LAYERS = "\n".join(LAYERS.replace("9", str(n)) + "encoder-ffn 5 4" for n in range(10_000))
+
+
+@pytest.mark.parametrize("text", [LETTERS, MANY_LAYERS], ids=["a word", "ten thousand updates"])
+def test_time_grows_no_faster_than_the_log(text, folder, tmp_path):
+    """It did with the square of both: some minutes each."""
+    (folder / "checkpoint_last.pt").unlink()  # which would tell the layers' sizes
+    (folder / "train.log").write_text(f"{text}\n{JSON}")
+    start = time.monotonic()
+    assert main(["report", str(folder), "--output", str(tmp_path / "report.html")]) == 0
+    assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize("kind", ["posix.system", "half"])
