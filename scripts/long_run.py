@@ -4,7 +4,8 @@
 One run of fairseq-train on the embedded corpus (target, Adam's metric, coupled groups, moving
 average, freeze at 60 %) tells the memory of the process over time, and the number of dead neurons
 after the freeze, which must not change. Then short runs of it and of plain fairseq take turns, for
-the throughput. Results go to a JSON file.
+the throughput and for the CPU time of an update, which a busy machine disturbs less. Results go to
+a JSON file.
 
     python scripts/long_run.py WORK_DIR --output long_run.json
 """
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -91,6 +93,12 @@ def updates_per_second(points: list[dict[str, float]]) -> float:
     return (last["num_updates"] - first["num_updates"]) / max(last["wall"] - first["wall"], 1e-9)
 
 
+def cpu_seconds() -> float:
+    """Of all processes that have been waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="WORK_DIR", help="for data, logs, checkpoints")
@@ -128,17 +136,22 @@ def main() -> None:
     frozen = [p["neurons_pruned"] for p in points if p["num_updates"] > freeze]
 
     speeds: dict[str, list[float]] = {"everything": [], "stock": []}
-    length = ["--max-update", str(arguments.segment_updates), "--no-save", "--disable-validation"]
-    length += ["--log-interval", "10"]
+    costs: dict[str, list[float]] = {"everything": [], "stock": []}
+    short = ["--no-save", "--disable-validation", "--save-dir", str(folder / "short")]
     for segment in range(arguments.segments):
-        for name, options in (
-            ("everything", [*ours, "--save-dir", str(folder / "short")]),
-            ("stock", ["--store-ema", "--save-dir", str(folder / "short")]),
-        ):
+        for name, options in (("everything", ours), ("stock", ["--store-ema"])):
             log = folder / f"{name}-{segment}.log"
-            speeds[name].append(updates_per_second(train(data, [*options, *length], log)[0]))
+            used = []
+            for updates in (10, arguments.segment_updates):  # the first for what the start costs
+                length = ["--log-interval", "10", "--max-update", str(updates)]
+                before = cpu_seconds()
+                points, _ = train(data, [*options, *short, *length], log)
+                used.append(cpu_seconds() - before)
+            speeds[name].append(updates_per_second(points))
+            costs[name].append((used[1] - used[0]) / (arguments.segment_updates - 10))
 
-    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    speed = {name: statistics.median(values) for name, values in speeds.items()}
+    cost = {name: statistics.median(values) for name, values in costs.items()}
     result = {
         "updates": arguments.updates,
         "freeze": freeze,
@@ -147,11 +160,14 @@ def main() -> None:
         "pruned_after_freeze": sorted(set(frozen)),
         "drift_after_freeze": max(frozen) - min(frozen),
         "updates_per_second": speeds,
-        "throughput_percent_of_stock": round(100 * medians["everything"] / medians["stock"], 1),
+        "cpu_seconds_per_update": costs,
+        "throughput_percent_of_stock": round(100 * speed["everything"] / speed["stock"], 1),
+        "added_cpu_percent": round(100 * (cost["everything"] / cost["stock"] - 1), 1),
     }
     arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    for key in ("memory_growth_percent", "drift_after_freeze", "throughput_percent_of_stock"):
-        print(f"{key}: {result[key]}")
+    for key, value in result.items():
+        if not isinstance(value, dict | list):
+            print(f"{key}: {value}")
 
 
 if __name__ == "__main__":
