@@ -111,6 +111,16 @@ def table(summary: Mapping[str, Any]) -> str:
 
 def parts_table(summary: Mapping[str, Any]) -> str:
     """Markdown: more on the test set: chrF, lengths, sentences with rare words and long ones."""
+    sizes: dict[str, set[int]] = {"rare": set(), "long": set()}
+    for result in summary["results"]:
+        for name, found in sizes.items():
+            if part := result["scores"]["test"].get(name):
+                found.add(part["lines"])
+    # The number only where it is the same on all data sets.
+    columns = {
+        name: " ".join(["BLEU,", *(map(str, found) if len(found) == 1 else ()), name, "sentences"])
+        for name, found in sizes.items()
+    }
     rows = []
     for (data, run), results in _by_run(summary["results"]):
         row = {"data": data, "run": run}
@@ -122,10 +132,9 @@ def parts_table(summary: Mapping[str, Any]) -> str:
             if isinstance(value, list):
                 chosen = [str(result["chosen"]["generate"][option]) for result in results]
                 row[option] = " ".join(chosen)
-        for name in ("rare", "long"):
+        for name, column in columns.items():
             parts = [result["scores"]["test"].get(name) for result in results]
             if all(parts):
-                column = f"BLEU, {parts[0]['lines']} {name} sentences"
                 row[column] = values([part["score"] for part in parts], 1)
         rows.append(row)
     return benchmark_operators.table(rows)
