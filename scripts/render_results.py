@@ -9,9 +9,9 @@ page between `<!-- table NAME -->` (for a grid `<!-- grid NAME -->`) and `<!-- e
 file's name without `.json`. `<!-- targets NAME NAME ... -->` puts one table of requested and
 reached sparsities there, `<!-- seeds NAME NAME ... -->` the means of runs with several seeds.
 
-The figures NAME.png show the neurons alive over the updates; for a grid NAME-layers.png shows what
-is left in each layer, and NAME-size.png size against BLEU. --check writes nothing and fails if a
-table on a page is not up to date.
+Those figures are drawn that a page shows: NAME.png, the neurons alive over the updates; for a grid
+also NAME-layers.png, what is left in each layer, and NAME-size.png, size against BLEU. --check
+writes nothing and fails if a table on a page is not up to date.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -173,20 +173,20 @@ def grid(paths: list[Path]) -> str:
     return "\n".join(parts)
 
 
-def draw(path: Path) -> None:
-    """Draw the figures of one file of results: of a grid three, of an experiment one, or none."""
+def draw(path: Path, shown: Container[str]) -> None:
+    """Draw the figures of one file of results that pages show, by the figures' file names."""
     import figures  # after main() has calmed the loggers that fairseq has opened wide
 
     summary = json.loads(path.read_text(encoding="utf-8"))
     if summary.get("kind") == "grid":
-        draw_grid(summary, path)
-    elif "kind" not in summary:
+        draw_grid(summary, path, shown)
+    elif "kind" not in summary and f"{path.stem}.png" in shown:
         results = sorted(summary["results"], key=by_kind_and_value)
         by_run = {result["run"]: result for result in results}
         figures.alive_over_updates(by_run, path.stem, path.with_suffix(".png"))
 
 
-def draw_grid(summary: Mapping[str, Any], path: Path) -> None:
+def draw_grid(summary: Mapping[str, Any], path: Path, shown: Container[str]) -> None:
     """NAME.png, NAME-layers.png and NAME-size.png, for each data set if there are several."""
     import figures
 
@@ -198,9 +198,15 @@ def draw_grid(summary: Mapping[str, Any], path: Path) -> None:
             if result["data"] == data:
                 groups.setdefault(result["run"], []).append(result)
         first = {run: results[0] for run, results in groups.items()}
-        figures.alive_over_updates(first, data, path.with_name(f"{stem}.png"))
-        figures.alive_by_layer(first, data, path.with_name(f"{stem}-layers.png"))
-        figures.size_against_bleu(groups, "test", data, path.with_name(f"{stem}-size.png"))
+        over_updates, layers, size = (
+            path.with_name(f"{stem}{figure}.png") for figure in ("", "-layers", "-size")
+        )
+        if over_updates.name in shown:
+            figures.alive_over_updates(first, data, over_updates)
+        if layers.name in shown:
+            figures.alive_by_layer(first, data, layers)
+        if size.name in shown:
+            figures.size_against_bleu(groups, "test", data, size)
 
 
 def draw_gallery(name: str) -> None:
@@ -247,9 +253,9 @@ def main() -> int:
             path.write_text(new, encoding="utf-8")
     if not check:
         pages = "\n".join(path.read_text(encoding="utf-8") for path in DOCS.glob("*.md"))
+        shown = set(re.findall(r"\(results/([^()/]+\.png)\)", pages))
         for name in sorted(set(re.findall(r"<!-- (?:table|seeds|grid) (\S+)", pages))):
-            if re.search(rf"\(results/{re.escape(name)}[\w-]*\.png\)", pages):
-                draw(DOCS / "results" / f"{name}.json")
+            draw(DOCS / "results" / f"{name}.json", shown)
         draw_gallery("multi30k-de-en")
     return int(stale)
 
