@@ -111,16 +111,12 @@ def table(summary: Mapping[str, Any]) -> str:
 
 def parts_table(summary: Mapping[str, Any]) -> str:
     """Markdown: more on the test set: chrF, lengths, sentences with rare words and long ones."""
-    sizes: dict[str, set[int]] = {"rare": set(), "long": set()}
-    for result in summary["results"]:
-        for name, found in sizes.items():
-            if part := result["scores"]["test"].get(name):
-                found.add(part["lines"])
-    # The number only where it is the same on all data sets.
-    columns = {
-        name: " ".join(["BLEU,", *(map(str, found) if len(found) == 1 else ()), name, "sentences"])
-        for name, found in sizes.items()
-    }
+    tests = [result["scores"]["test"] for result in summary["results"]]
+    columns = {}
+    for name in ("rare", "long"):
+        lines = {test[name]["lines"] for test in tests if test.get(name)}
+        number = f"{lines.pop()} " if len(lines) == 1 else ""  # not where data sets differ
+        columns[name] = f"BLEU, {number}{name} sentences"
     rows = []
     for (data, run), results in _by_run(summary["results"]):
         row = {"data": data, "run": run}
