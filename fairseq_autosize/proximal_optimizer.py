@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -402,9 +403,13 @@ class _Batch:
         self.counts = [groups.count for groups in blocks]
         # For each member its parts, one a block.
         self._members = list(zip(*(groups.members for groups in blocks), strict=True))
+        self._shapes = [part.grouped().shape[1:] for part in blocks[0].members]
 
     def parts(self) -> _Parts:
-        """Views of the masters of one block, or copies of those of several; Adam's metric."""
+        """Views of the masters of one block, or a copy of those of several, with a row a group.
+
+        None for the plain metric.
+        """
         if not self.blocks[0].adam:
             return None
         inner = self.blocks[0].optimizer.optimizer
@@ -416,6 +421,8 @@ class _Batch:
             metric = adam_metric(masters, inner, part.dim)
             values.append(part.grouped(value, sum(self.counts)))
             metrics.append(part.grouped(metric, sum(self.counts)))
+        if len(self.blocks) > 1:  # small, so that each call costs more than its work
+            values, metrics = ([torch.cat([x.flatten(1) for x in y], 1)] for y in (values, metrics))
         return values, metrics
 
     def dual_norms(self, parts: _Parts) -> Sequence[Tensor]:
@@ -442,8 +449,10 @@ class _Batch:
         first, *others = self.blocks
         dead = first.operator.prox_diagonal_(*parts, threshold * first.scale)
         if others:
-            for members, value in zip(self._members, parts[0], strict=True):
-                self._write(members, value)
+            widths = [shape.numel() for shape in self._shapes]
+            pieces = parts[0][0].split(widths, 1)
+            for members, shape, piece in zip(self._members, self._shapes, pieces, strict=True):
+                self._write(members, piece.unflatten(1, shape))
         for groups, own in zip(self.blocks, dead.split(self.counts), strict=True):
             groups.after_step(own)
 
@@ -488,20 +497,32 @@ class _Pool:
             norms.update(zip(batch.blocks, batch.dual_norms(own), strict=True))
         return torch.cat([norms[groups] for groups in self.blocks])
 
-    def _number(self, order: Tensor | None = None) -> int:
-        """How many groups have to die, in an order; None where all cost the same."""
+    @cached_property
+    def _costs(self) -> Tensor:
+        """What each group counts; shape (groups,)."""
         counts = torch.tensor([groups.count for groups in self.blocks])
-        costs = torch.tensor(self.goal.costs, dtype=torch.float64).repeat_interleave(counts)
-        removed = (costs if order is None else costs[order.cpu()]).cumsum(0)
+        return torch.tensor(self.goal.costs, dtype=torch.float64).repeat_interleave(counts)
+
+    @cached_property
+    def _same_number(self) -> int | None:
+        """How many groups have to die, where all cost the same; else None."""
+        return self._first(self._costs) if len(set(self.goal.costs)) == 1 else None
+
+    def _number(self, order: Tensor) -> int:
+        """How many groups have to die, in an order."""
+        number = self._same_number
+        return self._first(self._costs[order.cpu()]) if number is None else number
+
+    def _first(self, costs: Tensor) -> int:
+        """How many of these costs, from the first on, reach the goal."""
         if self.goal.amount <= 0:
             return 0
-        return min(int((removed < self.goal.amount).sum()) + 1, len(removed))
+        return min(int((costs.cumsum(0) < self.goal.amount).sum()) + 1, len(costs))
 
     def last_norm(self, parts: Sequence[_Parts]) -> float:
         """The dual norm of the last group that has to die; 0 if none has to."""
         norms = self.dual_norms(parts)
-        if len(set(self.goal.costs)) == 1:
-            number = self._number()
+        if (number := self._same_number) is not None:
             return float(norms.kthvalue(number).values) if number else 0.0
         norms, order = norms.sort()
         number = self._number(order)

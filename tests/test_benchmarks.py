@@ -8,7 +8,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY_MODEL, TINY_TRAINING, USER_DIR
 from fairseq.sequence_generator import SequenceGenerator
 from small_models import build_model, dictionary
 from torch.utils.flop_counter import FlopCounterMode
@@ -139,3 +139,19 @@ def test_program_measures_all_engines(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     section = importlib.import_module("render_results").section(output)
     assert section.startswith(done.stdout.strip()) and "`python scripts/bench_inf" in section
+
+
+def test_the_share_of_the_package_in_the_cpu_time(run, corpus, tmp_path):
+    options = (*TINY_MODEL, *TINY_TRAINING, "--no-save", "--disable-validation", "--store-ema")
+    prox = ("--prox", "l21", "--prox-target-sparsity", "0.5", "--prox-metric", "adam")
+    shares = {}
+    for name, own in (("none", ("--prox", "none")), ("adam", prox)):
+        output = run(
+            *("cpu_share", corpus, *options, *own, "--user-dir", USER_DIR),
+            *("--max-update", "40", "--save-dir", tmp_path),
+            path=SCRIPTS,
+        ).stdout
+        result = json.loads(output.splitlines()[-1])
+        assert result["updates"] == 20
+        shares[name] = result["added_percent"]
+    assert shares["none"] < shares["adam"]  # some 0.1 and 8
