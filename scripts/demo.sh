@@ -43,7 +43,10 @@ fi
 bash "$root/scripts/setup.sh"
 # shellcheck disable=SC1091
 source "$root/.venv/bin/activate"
-if [[ ! -f $out/data/prepare.json ]]; then
+if [[ -f $out/data/prepare.json ]] && ! grep -qF "\"name\": \"$data\"" "$out/data/prepare.json"; then
+    echo "demo.sh: error: --out $out has other data than $data; choose another folder" >&2
+    exit 2
+elif [[ ! -f $out/data/prepare.json ]]; then
     python "$root/scripts/prepare_data.py" "$data" "$out/data" ${source:+--source "$source"}
 fi
 python "$root/scripts/experiment.py" "$out/data" "$out" --runs dense "$prox" --jobs 2 "${recipe[@]}"

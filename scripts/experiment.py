@@ -12,7 +12,7 @@ the same number of updates.
 
 Each run has a folder OUT/RUN with its logs, its last checkpoint and result.json; finished runs
 are not repeated; one that was stopped half way starts over, so that its time and its curve are
-whole. OUT/results.json collects them.
+whole. A folder with anything else in it is refused. OUT/results.json collects them.
 """
 
 import argparse
@@ -76,19 +76,36 @@ def train_options(run: str, args: argparse.Namespace) -> list[str]:
     ]
 
 
+def claim(folder: Path, settings: dict) -> None:
+    """Note in a run's folder what it is for, or see that it is for the same.
+
+    Raises:
+        RunError: other settings, or a folder with files of somebody else.
+    """
+    noted = folder / "settings.json"
+    if noted.exists():
+        if json.loads(noted.read_text()) != settings:
+            raise RunError(f"{noted} is from other settings or data; choose another OUT")
+    elif folder.exists() and any(folder.iterdir()):
+        raise RunError(
+            f"{folder} has files, and no settings.json of this script; choose another OUT"
+        )
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        noted.write_text(json.dumps(settings, indent=1) + "\n")
+
+
 def perform(run: str, data: Path, record: dict, args: argparse.Namespace) -> dict:
     """Train, translate and score one run; returns what goes into result.json."""
     folder = args.out / re.sub(r"[:@+=]", "-", run)
     result_file = folder / "result.json"
     options = train_options(run, args)
+    corpus = {key: record.get(key) for key in ("languages", "bpe", "vocab_size", "sha256")}
+    claim(folder, {"train": options, "generate": args.generate_args, "data": corpus})
     if result_file.exists():
-        result = json.loads(result_file.read_text())
-        if result["options"] != options:
-            raise RunError(f"{result_file} is from other settings; choose another OUT")
         logger.info("%s: done before", run)
-        return result
+        return json.loads(result_file.read_text())
     subsets, remove_bpe = record["gen_subsets"], shlex.split(REMOVE_BPE[record["bpe"]])
-    folder.mkdir(parents=True, exist_ok=True)
     source, target = record["languages"]
     corpus = [str(data / "data-bin"), "--source-lang", source, "--target-lang", target]
     fairseq = [sys.executable, "-m"]
@@ -103,10 +120,7 @@ def perform(run: str, data: Path, record: dict, args: argparse.Namespace) -> dic
         cpu_seconds, wall_seconds = pipeline.execute(train, folder / "train.log")
         times = {"train_cpu_seconds": round(cpu_seconds, 1)}
         times["train_wall_seconds"] = round(wall_seconds, 1)
-        trained.write_text(json.dumps({"options": options, "times": times}))
-    training = json.loads(trained.read_text())
-    if training["options"] != options:
-        raise RunError(f"{trained} is from other settings; choose another OUT")
+        trained.write_text(json.dumps(times))
 
     checkpoint = folder / "checkpoint_last.pt"
     count = count_neurons(read_checkpoint(checkpoint))
@@ -115,7 +129,7 @@ def perform(run: str, data: Path, record: dict, args: argparse.Namespace) -> dic
         "options": options,
         "seed": args.seed,
         "updates": args.updates,
-        **training["times"],
+        **json.loads(trained.read_text()),
         "neurons": count,
         "history": pipeline.history(folder / "train.log"),
         "scores": {},
@@ -200,16 +214,18 @@ def parse_args() -> argparse.Namespace:
         type=shlex.split,
         default=[],
         metavar="'...'",
-        help="further options for fairseq-train, in one quoted string",
+        help="further options for fairseq-train, in one quoted string: --train-args='--fp16'",
     )
     add(
         "--generate-args",
         type=shlex.split,
         default=["--beam", "5"],
         metavar="'...'",
-        help="options for fairseq-generate, in one quoted string (default: --beam 5)",
+        help="options for fairseq-generate, in one quoted string (default: '--beam 5')",
     )
     args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs}: give 1 or more")
     for run in args.runs:
         if not RUN.fullmatch(run):
             parser.error(

@@ -121,6 +121,18 @@ def test_experiment_resumes_and_refuses_other_settings(tmp_path):
     printed = printed.replace("CHECKPOINT", str(run / "checkpoint_last.pt"))
     shell(f"{printed.replace('--beam 5', '--beam 1')} --max-len-b 10 --cpu", tmp_path)
     other = subprocess.run([*command, "--seed", "2"], capture_output=True, text=True)
-    assert other.returncode == 1 and "is from other settings; choose another OUT" in other.stderr
+    told = "is from other settings or data; choose another OUT"
+    assert other.returncode == 1 and told in other.stderr
+    record = json.loads((data / "prepare.json").read_text())
+    record["sha256"]["train.de"] = "0"
+    (data / "prepare.json").write_text(json.dumps(record))
+    other = subprocess.run(command, capture_output=True, text=True)
+    assert other.returncode == 1 and told in other.stderr
+    # A training of the user's is not taken for an interrupted one.
+    (tmp_path / "out" / "dense-9").mkdir()
+    (mine := tmp_path / "out" / "dense-9" / "checkpoint_last.pt").write_text("mine")
+    other = subprocess.run([*command[:-3], "dense:9"], capture_output=True, text=True)
+    assert other.returncode == 1 and "has files, but no settings.json" in other.stderr
+    assert mine.read_text() == "mine"
     wrong = subprocess.run([*experiment, "--runs", "l3"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "--runs l3: give dense" in wrong.stderr
