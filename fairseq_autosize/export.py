@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
@@ -34,6 +35,8 @@ _MOST_LAYERS = 500
 _MOST_EXTRA = 2**27  # numbers that are no parameters in the checkpoint: sinusoids of positions
 
 _SHORTEST = 5  # positions that the sentences for the comparison need
+
+_MODEL_FILE = re.compile(r"config\.json|model\.bin|\w*vocabulary\.(json|txt)|vmap\.txt")
 
 # Largest difference of a token's log probability that float32 may show.
 TOLERANCE = 1e-3
@@ -76,17 +79,19 @@ def export_ctranslate2(
         output: folder to make.
         data: folder of the vocabularies (``dict.*.txt``), by default the one of the training.
         quantization: one of `QUANTIZATIONS`, or None for float32.
-        force: replace `output` if it exists.
+        force: replace `output` if it is a CTranslate2 model or an empty folder.
 
     Raises:
-        ExportError: `output` exists, ctranslate2 is not installed or cannot convert the model, a
-            vocabulary is missing, the settings in the checkpoint do not describe the model whose
-            parameters it has, or float32 scores differ by more than `TOLERANCE`.
+        ExportError: `output` exists or cannot be written, ctranslate2 is not installed or cannot
+            convert the model, a vocabulary is missing, the settings in the checkpoint do not
+            describe the model whose parameters it has, or float32 scores differ by more than
+            `TOLERANCE`.
         CheckpointError, GroupError: the checkpoint cannot be compacted.
     """
     output = Path(output)
     if output.exists() and not force:
         raise ExportError(f"{output}: exists already; choose another name, or add --force")
+    _check_replaceable(output)
     if not output.parent.is_dir():
         raise ExportError(f"{output}: the folder {output.parent} does not exist")
     try:
@@ -102,7 +107,10 @@ def export_ctranslate2(
     sentences = _sentences(settings, task)
     with _telling("fairseq cannot run the model that the checkpoint's settings describe"):
         expected = _fairseq_scores(settings, task, small["model"], sentences)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+    with (
+        _telling_of_writing(output),
+        tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder,
+    ):
         source = Path(folder, "checkpoint.pt")
         write_checkpoint({"args": settings, "cfg": None, "model": small["model"]}, source)
         made = {}
@@ -123,11 +131,48 @@ def export_ctranslate2(
         quantized = None
         if quantization not in (None, "float32"):
             quantized = _difference(made[quantization], task, sentences, expected)
-        if output.exists():
-            old = Path(folder, "old")
-            output.rename(old)
-        made[quantization].rename(output)
+        _replace(output, made[quantization], Path(folder, "old"))
     return Agreement(sum(map(len, expected)), largest, quantized)
+
+
+def _check_replaceable(output: Path) -> None:
+    """See that --force cannot remove anything but an earlier model.
+
+    Raises:
+        ExportError: `output` is no folder, or has files that are not a CTranslate2 model's.
+    """
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise ExportError(f"{output}: exists and is no folder; choose another name")
+    others = sorted(path.name for path in output.iterdir() if not _MODEL_FILE.fullmatch(path.name))
+    if others:
+        raise ExportError(
+            f"{output}: --force replaces a CTranslate2 model, and this folder has other files "
+            f"({', '.join(others[:3])}{', ...' if others[3:] else ''}); choose another name"
+        )
+
+
+def _replace(output: Path, made: Path, old: Path) -> None:
+    """Put a folder in the place of another, which goes to `old`."""
+    if not output.exists():
+        made.rename(output)
+        return
+    output.rename(old)
+    try:
+        made.rename(output)
+    except OSError:
+        old.rename(output)
+        raise
+
+
+@contextlib.contextmanager
+def _telling_of_writing(output: Path) -> Iterator[None]:
+    """Tell in one line what the file system does not let happen."""
+    try:
+        yield
+    except OSError as error:
+        raise ExportError(f"{output}: cannot write: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager

@@ -112,6 +112,29 @@ def test_what_exists_is_kept_without_force(data, tmp_path):
     with pytest.raises(ExportError, match=r"exists already; .* --force"):
         export_ctranslate2(checkpoint, tmp_path / "ct2")
     assert (tmp_path / "ct2" / "mine").read_text() == "mine"
+    with pytest.raises(ExportError, match=r"has other files \(mine\); choose another name"):
+        export_ctranslate2(checkpoint, tmp_path / "ct2", force=True)
+    assert (tmp_path / "ct2" / "mine").read_text() == "mine"
+    with pytest.raises(ExportError, match="exists and is no folder"):
+        export_ctranslate2(checkpoint, tmp_path / "ct2" / "mine", force=True)
+
+
+def test_a_model_stays_where_it_cannot_be_replaced(data, tmp_path, monkeypatch):
+    checkpoint = translation_checkpoint(data)
+    export_ctranslate2(checkpoint, tmp_path / "ct2")
+    model = (tmp_path / "ct2" / "model.bin").read_bytes()
+    rename = Path.rename
+
+    def fail_once(path: Path, target: Path) -> Path:
+        if path.name == "plain":
+            raise PermissionError(13, "Permission denied")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_once)
+    with pytest.raises(ExportError, match=r"ct2: cannot write: Permission denied"):
+        export_ctranslate2(checkpoint, tmp_path / "ct2", force=True)
+    assert (tmp_path / "ct2" / "model.bin").read_bytes() == model
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ct2", "data"]
 
 
 def test_a_wrong_result_is_not_written(data, tmp_path, monkeypatch):
