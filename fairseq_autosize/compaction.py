@@ -10,7 +10,7 @@ bias, since attention weights add up to 1. The optimizer's state can be cut in t
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -206,7 +206,7 @@ def compact(
         if keep_optimizer
         else without_masters(checkpoint),
     }
-    ema_rows = _cut_ema(result, state, parameters)
+    ema_rows = _cut_ema(result, state, parameters, layers, heads, activation)
     changes = tuple(layer.change for layer in planned_layers)
     attention = tuple(block.change for block in planned_heads)
     widths = _widths_by_side(result["model"])
@@ -289,7 +289,7 @@ def _plan_layers(
     planned = []
     for layer, indices, width in zip(layers, kept, widths, strict=True):
         cut = _Cut(indices, width - len(indices))
-        folded, bias = _constant(state, layer, activation)
+        folded, bias = _constant(state, layer, layer.dead(), activation)
         change = LayerChange(layer.name, layer.kind, layer.count, len(indices), width, folded)
         cuts = {
             f"{layer.name}.fc1.weight": (cut, 0),
@@ -333,12 +333,11 @@ def _activation_name(checkpoint: Mapping[str, Any]) -> str:
 
 
 def _constant(
-    state: Mapping[str, Tensor], layer: FeedForward, activation: str
+    state: Mapping[str, Tensor], layer: FeedForward, dead: Tensor, activation: str
 ) -> tuple[int, Tensor | None]:
     """How many dead neurons have a constant output, and fc2.bias with it; None if unchanged."""
     if layer.fc1_bias is None:
         return 0, None
-    dead = dead_neurons(layer.fc1_weight)
     biases = layer.fc1_bias[dead].double()
     if not bool(biases.any()):
         return 0, None
@@ -522,7 +521,12 @@ def _cut_masters(
 
 
 def _cut_ema(
-    result: dict[str, Any], state: Mapping[str, Tensor], cuts: Mapping[str, tuple[_Cut, int]]
+    result: dict[str, Any],
+    state: Mapping[str, Tensor],
+    cuts: Mapping[str, tuple[_Cut, int]],
+    layers: Sequence[FeedForward],
+    heads: Sequence[Attention],
+    activation: str,
 ) -> int:
     """Cut a stored moving average of the model by the model's mask; counts what was not zero."""
     extra_state = result.get("extra_state")
@@ -540,7 +544,8 @@ def _cut_ema(
                     f"extra_state[{key}][{printable(str(name))}] is no moving average of the "
                     "model's parameter"
                 )
-        changed[key] = _cut_state(average, cuts, {})
+        biases = _constants(average, state, layers, heads, activation)
+        changed[key] = _cut_state(average, cuts, biases)
         if key == "ema":
             for name in cuts:
                 if name.endswith(("fc1.weight", "v_proj.weight")) and name in average:
@@ -548,6 +553,35 @@ def _cut_ema(
                     rows += int((~dead_neurons(before)).sum() - (~dead_neurons(after)).sum())
     result["extra_state"] = changed
     return rows
+
+
+def _constants(
+    average: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    layers: Sequence[FeedForward],
+    heads: Sequence[Attention],
+    activation: str,
+) -> dict[str, Tensor]:
+    """Biases of a moving average with what the model's dead, by their own biases, add to them."""
+    named = {**state, **average}
+    biases = {}
+    for layer in layers:
+        own = replace(
+            layer,
+            fc1_weight=named[f"{layer.name}.fc1.weight"],
+            fc1_bias=named.get(f"{layer.name}.fc1.bias"),
+            fc2_weight=named[f"{layer.name}.fc2.weight"],
+        )
+        biases[f"{layer.name}.fc2.bias"] = _constant(named, own, layer.dead(), activation)[1]
+    for block in heads:
+        own = replace(
+            block,
+            biases={name: named[f"{block.name}.{name}.bias"] for name in block.biases},
+            out_weight=named[f"{block.name}.out_proj.weight"],
+        )
+        rows = block.dead().repeat_interleave(len(block.projections["v_proj"]) // block.count)
+        biases[f"{block.name}.out_proj.bias"] = _constant_of_heads(named, own, rows)[1]
+    return {name: bias for name, bias in biases.items() if bias is not None}
 
 
 def _widths_by_side(state: Mapping[str, Tensor]) -> dict[str, list[int]]:

@@ -365,6 +365,24 @@ def test_moving_average_is_cut_by_the_models_mask():
     model_in({**result.checkpoint, "model": cut["ema"]})
 
 
+@pytest.mark.parametrize("zero", [True, False], ids=["zero in the average", "nearly zero"])
+def test_constants_of_a_moving_average_are_folded_into_its_own_bias(zero):
+    """Its dead neurons, whose biases are not the model's."""
+    model, args = build_model()
+    prune(model, (3, 0, 10, 1), bias=0.3)
+    averaged = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in (*averaged.encoder.layers, *averaged.decoder.layers):
+            dead = ~layer.fc1.weight.any(dim=1)
+            layer.fc1.bias[dead] = 0.2
+            layer.fc1.weight[dead] += 0 if zero else 1e-9
+    checkpoint = checkpoint_of(model, args)
+    checkpoint["extra_state"] = {"ema": averaged.state_dict()}
+    result = compact(checkpoint).checkpoint
+    small = model_in({**result, "model": result["extra_state"]["ema"]})
+    torch.testing.assert_close(outputs(small), outputs(averaged), rtol=0, atol=1e-7)
+
+
 # --- refusals -----------------------------------------------------------------------------------
 
 
