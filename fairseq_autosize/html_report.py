@@ -64,7 +64,7 @@ def read_run(path: str | os.PathLike[str], name: str | None = None) -> Run:
 
     The checkpoint is ``checkpoint_selected.pt`` (of scripts/grid.py), else ``checkpoint_last.pt``.
     Scores are those of scripts/grid.py and experiment.py (``result.json``), or the last lines of
-    fairseq-generate in ``*.txt`` and ``*.out``; in a log those of ``--eval-bleu``.
+    fairseq-generate in ``*.txt`` and ``*.out``.
 
     Args:
         path: the folder, or a log alone.
@@ -299,7 +299,9 @@ def draw(runs: Sequence[Run]) -> list[_Plot]:
 def _share_alive(run: Run) -> list[tuple[int, float]]:
     alive = run.log.series("train", "neurons_alive")
     pruned = dict(run.log.series("train", "neurons_pruned"))
-    return [(u, 100 * n / (n + pruned[u])) for u, n in alive if u in pruned and n + pruned[u]]
+    # A compaction on the way makes the total smaller.
+    full = max((n + pruned[u] for u, n in alive if u in pruned), default=0)
+    return [(u, 100 * n / full) for u, n in alive if u in pruned and full]
 
 
 def _layers(axes: "Axes", run: Run) -> None:
@@ -328,12 +330,11 @@ def _layers(axes: "Axes", run: Run) -> None:
 
 
 def _full(run: Run, kind: str, layer: int, counts: Sequence[list[int] | None]) -> int:
-    """How many a layer has: in the checkpoint, or, without one, at most so far."""
-    if run.count is not None:
-        totals = [b["total"] for b in _blocks(run.count) if b["kind"] == kind]
-        if layer < len(totals):
-            return totals[layer]
-    return max(now[layer] for now in counts if now and layer < len(now))
+    """How many a layer had: in the checkpoint, or more before a compaction."""
+    blocks = [] if run.count is None else _blocks(run.count)
+    totals = [block["total"] for block in blocks if block["kind"] == kind][layer : layer + 1]
+    seen = [now[layer] for now in counts if now and layer < len(now)]
+    return max([*totals, *seen], default=0)
 
 
 def _blocks(count: dict[str, Any]) -> list[dict[str, Any]]:

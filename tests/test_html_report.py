@@ -14,6 +14,7 @@ from test_checkpoint import gadgets
 
 from fairseq_autosize.checkpoint import read_checkpoint, write_checkpoint
 from fairseq_autosize.cli import main
+from fairseq_autosize.compaction import compact
 from fairseq_autosize.groups import feed_forward_in_state
 from fairseq_autosize.html_report import Run, draw, read_run
 from fairseq_autosize.training_log import TrainingLog
@@ -159,6 +160,32 @@ def test_the_figures_show_what_was_logged(folder, tmp_path):
     plots = {plot.name: plot.figure for plot in draw([half, other])}
     assert curves(plots["size"])["half"] == [(left, 8.75)]
     assert plots["size"].axes[0].yaxis_inverted(), "up is better"
+
+
+def test_shares_are_those_of_the_start_after_a_compaction(tmp_path):
+    """40 of 44, then 20; compacted to 20, of which 11 are left; the checkpoint has those only."""
+    (tmp_path / "run").mkdir()
+    model, args = build_model()
+    for layer, alive in zip(feed_forward_in_state(model.state_dict()), (5, 3, 3, 0), strict=True):
+        layer.fc1_weight[alive:] = 0
+        layer.fc1_bias[alive:] = 0
+    small = compact(checkpoint_of(model, args)).checkpoint
+    write_checkpoint(small, tmp_path / "run" / "checkpoint_last.pt")
+    line, layers = JSON.splitlines()[2], "... | alive after update {}, layer by layer: {}"
+    told = []
+    for update, alive, pruned, widths in (
+        (10, 40, 4, "encoder-ffn 12 12; decoder-ffn 8 8"),
+        (20, 20, 24, "encoder-ffn 6 6; decoder-ffn 4 4"),
+        (30, 20, 0, "encoder-ffn 6 6; decoder-ffn 4 4"),
+        (40, 11, 9, "encoder-ffn 5 3; decoder-ffn 3 0"),
+    ):
+        logged = line.replace('"44"', f'"{alive}"').replace('"0"', f'"{pruned}"')
+        told += [layers.format(update, widths), logged.replace('"10"', f'"{update}"')]
+    (tmp_path / "run" / "train.log").write_text("\n".join(told) + "\n")
+    plots = {plot.name: plot.figure for plot in draw([read_run(tmp_path / "run")])}
+    shares = [(u, 100 * n / 44) for u, n in ((10, 40), (20, 20), (30, 20), (40, 11))]
+    assert curves(plots["neurons"])["run"] == shares
+    assert curves(plots["layers-run"])["encoder-ffn 2"][-1] == (40, 25)
 
 
 def test_the_table_has_the_best_loss_and_the_last(folder, tmp_path):
