@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=_PROG,
         description="Count, shrink and deploy fairseq Transformers that were trained with --prox.",
-        epilog=f"example: {_PROG} count checkpoints/checkpoint_best.pt",
+        epilog=f"example: {_PROG} count checkpoints/checkpoint_last.pt",
     )
     parser.add_argument("--version", action="version", version=f"{_PROG} {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -111,7 +111,7 @@ def _add_count(commands: argparse._SubParsersAction) -> None:
         description="Count the feed-forward neurons of each layer: alive, and pruned (all weights "
         "of the neuron's row of fc1 are exactly zero). Reads any fairseq Transformer checkpoint, "
         "and runs no code from it.",
-        epilog=f"example: {_PROG} count checkpoints/checkpoint_best.pt --json",
+        epilog=f"example: {_PROG} count checkpoints/checkpoint_last.pt --json",
     )
     count.add_argument("checkpoints", nargs="+", metavar="CKPT", help="checkpoint file")
     count.add_argument(
@@ -155,7 +155,7 @@ def _add_compact(commands: argparse._SubParsersAction) -> None:
         description="Remove the dead feed-forward neurons of a checkpoint. The result has a width "
         "for each layer (architecture transformer_autosize), computes the same as the input, and "
         "is loaded by fairseq with --user-dir fairseq_autosize; with --uniform by any fairseq.",
-        epilog=f"example: {_PROG} compact checkpoints/checkpoint_best.pt small.pt",
+        epilog=f"example: {_PROG} compact checkpoints/checkpoint_last.pt small.pt",
     )
     parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint file")
     parser.add_argument("output", metavar="OUT", help="file to write")
@@ -206,12 +206,19 @@ def _compact(arguments: argparse.Namespace) -> None:
             },
         )
     after = count_neurons(result.checkpoint)["parameters"]["total"]
+    size = os.path.getsize(path)  # now, since OUT may replace it
     write_checkpoint(result.checkpoint, arguments.output, force=arguments.force)
-    sys.stdout.write(_describe(arguments, result, before["parameters"]["total"], after))
+    sizes = size, os.path.getsize(arguments.output)
+    sys.stdout.write(_describe(arguments, result, (before["parameters"]["total"], after), sizes))
 
 
-def _describe(arguments: argparse.Namespace, result: Compaction, before: int, after: int) -> str:
-    """What was done, and the commands that go on from there."""
+def _describe(
+    arguments: argparse.Namespace,
+    result: Compaction,
+    parameters: tuple[int, int],
+    sizes: tuple[int, int],
+) -> str:
+    """What was done, and the commands that go on from there; numbers are before and after."""
     # Attention is of interest only where it has lost heads.
     layers = [*result.layers, *(x for x in result.attention if x.before != x.alive or x.folded)]
     wide = max(len(layer.name) for layer in layers)
@@ -226,7 +233,7 @@ def _describe(arguments: argparse.Namespace, result: Compaction, before: int, af
             f"the stored moving average loses {result.ema_rows} rows that are dead in the model "
             "but not quite zero in the average; its translations may differ"
         )
-    sizes = [os.path.getsize(path) for path in (arguments.checkpoint, arguments.output)]
+    before, after = parameters
     share = 100 * after / before
     lines += [
         f"parameters: {before:,} -> {after:,} ({share:.1f} %); "
@@ -244,7 +251,7 @@ def _describe(arguments: argparse.Namespace, result: Compaction, before: int, af
         "use it:   fairseq-generate DATA --user-dir fairseq_autosize "
         f"--path {arguments.output} ...",
         f"train on: fairseq-train DATA --user-dir fairseq_autosize {' '.join(architecture)} "
-        f"{start} {arguments.output} ...",
+        f"{start} {arguments.output} --save-dir NEW_FOLDER ...",
         "          (...: the other options as in the training, the sizes of the model among them)",
     ]
     return "\n".join(lines) + "\n"

@@ -108,6 +108,13 @@ def test_bad_numbers_are_refused_by_name(options, saved, tmp_path, capsys):
     assert f"argument {options[0]}: {options[1]} is not a whole number" in capsys.readouterr().err
 
 
+def test_sizes_are_told_where_the_input_is_replaced(saved, capsys):
+    before = saved.stat().st_size
+    assert main(["compact", str(saved), str(saved), "--force"]) == 0
+    told = f"file: {before:,} -> {saved.stat().st_size:,} bytes"
+    assert told in capsys.readouterr().out and saved.stat().st_size < before
+
+
 def test_average_and_its_errors(saved, tmp_path, capsys):
     out = tmp_path / "mean.pt"
     assert main(["average", str(out), str(saved), str(saved)]) == 0
@@ -124,6 +131,7 @@ def test_average_and_its_errors(saved, tmp_path, capsys):
         (["data", "--arch", "t", "--max-epoch", "2", "--no-save"], "--no-save: each stage goes on"),
         (["data", "--arch", "t", "--max-epoch", "2", "--reset-meters"], "--reset-meters: each"),
         (["data", "--arch", "t", "--max-epoch", "4", "--save-interval", "2"], "--save-interval 2:"),
+        (["data", "--arch", "t", "--max-epoch", "4", "--patience", "5"], "--patience 5: fairseq"),
         (
             ["data", "--arch", "t", "--max-epoch", "4", "--restore-file", "old.pt"],
             "--restore-file old.pt: the stages count their epochs from a training's start",
