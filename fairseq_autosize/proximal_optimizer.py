@@ -84,6 +84,7 @@ class ProximalOptimizer:
         self.strength = plan.strength  # of the last update
         self._frozen_at = plan.freeze_update
         self._quiet = 0  # updates since something died or came back
+        self._died = False  # something has, though a compaction may have removed it
         self._held: list[Tensor] | None = None
         parts = {block.name: block.groups(shape.bias, shape.fc2) for block in blocks}
         parameters = [
@@ -223,15 +224,16 @@ class ProximalOptimizer:
     def _watch(self, update_num: int) -> None:
         """Freeze once the set of the dead has been the same for long enough."""
         dead = self._dead_masks()
-        same = all(map(torch.equal, dead, self._dead)) and any(bool(mask.any()) for mask in dead)
-        self._quiet = self._quiet + 1 if same else 0
+        self._died = self._died or any(bool(mask.any()) for mask in dead)
+        same = all(map(torch.equal, dead, self._dead))
+        self._quiet = self._quiet + 1 if same and self._died else 0
         self._dead = dead
         if self._quiet >= self.plan.patience:
             self._frozen_at = update_num + 1
 
     def state(self) -> dict[str, int]:
         """What a resumed run needs beside the parameters; plain numbers."""
-        state = {"prox_quiet_updates": self._quiet}
+        state = {"prox_quiet_updates": self._quiet, "prox_died": int(self._died)}
         if self._frozen_at is not None:
             state["prox_frozen_at"] = self._frozen_at
         return state
@@ -239,6 +241,7 @@ class ProximalOptimizer:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`, as `state()` gave it; a freeze update in the plan comes first."""
         self._quiet = state.get("prox_quiet_updates", 0)
+        self._died = bool(state.get("prox_died", self._quiet))
         if self._frozen_at is None:
             self._frozen_at = state.get("prox_frozen_at")
 

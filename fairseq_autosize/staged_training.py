@@ -64,7 +64,7 @@ def train_in_stages(arguments: Sequence[str], share: float, epochs: int) -> list
             raise StageError(f"fairseq-train failed with exit status {status}; see its output")
         checkpoint = read_checkpoint(last)
         updates, epoch = _progress(checkpoint)
-        # A stage that ended before its last epoch was ended by fairseq, such as by --patience.
+        # A stage that ended before its last epoch was ended by fairseq, such as by --stop-min-lr.
         if (
             (own.max_update and updates >= own.max_update)
             or (own.max_epoch and epoch >= own.max_epoch)
@@ -96,6 +96,7 @@ def _parse(arguments: Sequence[str], epochs: int) -> Namespace:
     parser.add_argument("--continue-once")
     parser.add_argument("--max-epoch", type=int, default=0)
     parser.add_argument("--max-update", type=int, default=0)
+    parser.add_argument("--patience", type=int, default=-1)
     parser.add_argument("--save-interval", type=int, default=1)
     for flag in (*_NEEDED_IN_CHECKPOINTS, *_RESETS):
         parser.add_argument(flag, action="store_true")
@@ -111,6 +112,11 @@ def _parse(arguments: Sequence[str], epochs: int) -> Namespace:
                 f"{flag} {path}: the stages count their epochs from a training's start, so drop "
                 "it, or start from that model's parameters with --finetune-from-model"
             )
+    if own.patience > 0:
+        raise StageError(
+            f"--patience {own.patience}: fairseq begins to count anew in every stage, so that it "
+            "would not end the training; drop it, and give --max-update or --max-epoch"
+        )
     if epochs % own.save_interval:
         raise StageError(
             f"--save-interval {own.save_interval}: a stage of {epochs} epochs must end with a "

@@ -247,6 +247,19 @@ def test_automatic_freeze_waits_for_its_patience_and_survives_a_restart():
         assert all(torch.equal(parameters[name], other[2][name]) for name in parameters)
 
 
+@pytest.mark.parametrize("died", [True, False])
+def test_automatic_freeze_after_a_compaction_that_removed_the_dead(died):
+    """None are dead any more, and none die: that something has died is all the same known."""
+    model, optimizer = adam_model()
+    proximal = controlled(model, optimizer, "l21", None, None, strength=1e-6, patience=8)
+    proximal.restore({"prox_quiet_updates": 3 * died, "prox_died": int(died)})
+    for update in range(10, 15):
+        backward(model, optimizer, update)
+        assert not proximal.is_frozen(update)
+        proximal.step(update)
+    assert proximal.is_frozen(15) == died
+
+
 def test_resumed_beyond_the_freeze():
     """What is missing to the target is cut at once; what has been reached is left as it is."""
     model, optimizer = adam_model()

@@ -170,6 +170,18 @@ def test_every_update_after_a_restart(
     assert_noted(tmp_path, updates)
 
 
+def test_a_reset_that_loses_the_prox_state_is_told(begun, corpus, run, tmp_path):
+    checkpoint = begun / "autosize" / "checkpoint_last.pt"
+    reset = (*TRAIN, corpus, "--restore-file", checkpoint, "--reset-dataloader")
+    reset += ("--save-dir", tmp_path, "--max-update", "17", "--prox", "l21")
+    result = run_program(*reset, "--prox-freeze-update", "auto")
+    assert result.returncode != 0 and not list(tmp_path.glob("*.pt"))
+    assert "whether the run has frozen; give the update" in result.stdout.splitlines()[-1]
+    output = run(*reset, "--prox-freeze-update", "16").stdout
+    assert output.count("--reset-dataloader: fairseq hands over nothing") == 1
+    assert "frozen after update 16: " in output
+
+
 def test_interrupted_amp_equals_uninterrupted(corpus, run, tmp_path):
     """From a scale that overflows, with a growth of it that an interruption must not delay.
 

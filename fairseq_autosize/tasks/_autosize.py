@@ -66,7 +66,8 @@ class AutosizeMixin(FairseqTask):
     _proximal: ProximalOptimizer | None = None
     _blocks: list[Block]
     _strength: float | None = None
-    _totals: tuple[int, int] | None = None  # groups and parameters before anything was removed
+    # Groups of each block, and parameters, before anything was removed.
+    _totals: tuple[Mapping[str, int], int] | None = None
     _restored: Mapping[str, Any] = MappingProxyType({})
     _meters: tuple[str, ...] = ()
     _counts: tuple[int, dict[str, float]] | None = None  # (update, what was counted then)
@@ -241,10 +242,10 @@ class AutosizeMixin(FairseqTask):
         """State for the checkpoint's extra_state; fairseq looks it up under the class' name."""
         if self._proximal is None:
             return {type(self).__name__: dict(self._restored)} if self._restored else {}
-        groups, parameters = self._totals
+        counts, parameters = self._totals
         state = {
             "prox_groups": ",".join(self.settings.groups),
-            "prox_groups_before": groups,
+            "prox_counts_before": dict(counts),
             "prox_parameters_before": parameters,
             **self._proximal.state(),
         }
@@ -317,8 +318,9 @@ class AutosizeMixin(FairseqTask):
             )
         if proximal.frozen_blocks:
             logger.warning("frozen, so not auto-sized: %s", ", ".join(proximal.frozen_blocks))
-        before = self._restored if self._proximal is None else self._proximal.state()
-        proximal.restore(before)
+        if self._proximal is None and update_num and not self._restored:
+            self._tell_what_was_reset()
+        proximal.restore(self._restored if self._proximal is None else self._proximal.state())
         if goals := self._goals(proximal.blocks, model):
             proximal.aim_at(goals)
         keys = dict.fromkeys(key for block in self._blocks for key in _meter_keys(block))
@@ -331,48 +333,65 @@ class AutosizeMixin(FairseqTask):
         self._log_start(proximal, update_num)
         return proximal
 
+    def _tell_what_was_reset(self) -> None:
+        """A resumed run without our entry of the checkpoint: fairseq hands it over, or not."""
+        root = self._whole_config
+        if root is None or not root.checkpoint.reset_dataloader:
+            return  # the checkpoint had none
+        if self.settings.patience is not None:
+            raise ConfigError(
+                "--prox-freeze-update auto: with --reset-dataloader fairseq does not hand over "
+                "whether the run has frozen; give the update at which it did (its log has it), "
+                "or drop --reset-dataloader"
+            )
+        logger.warning(
+            "--reset-dataloader: fairseq hands over nothing of what auto-sizing has in the "
+            "checkpoint: a default freeze follows --max-update anew, targets count from this "
+            "model's size, and half precision begins at the rounded parameters"
+        )
+
     def _goals(self, blocks: Sequence[Block], model: nn.Module) -> tuple[Goal, ...]:
         """How much has to die; what a compaction has removed counts as dead."""
         settings = self.settings
-        counts = [block.count for block in blocks]
-        groups = sum(counts)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         if self._totals is None:
             same = self._restored.get("prox_groups") == ",".join(settings.groups)
             restored = self._restored if same else {}
+            counts = {block.name: block.count for block in blocks}
             self._totals = (
-                restored.get("prox_groups_before", groups),
+                {**counts, **restored.get("prox_counts_before", {})},  # with blocks that are gone
                 restored.get("prox_parameters_before", parameters),
             )
-        groups_before, parameters_before = self._totals
-        if settings.target_by_layer and groups != groups_before:
-            raise ConfigError(
-                "--prox-target-scope layer: this model was compacted, and how wide each of its "
-                "layers was is not known any more; use --prox-target-scope model"
-            )
+        counts, parameters_before = self._totals
+        costs = tuple(block.parameters_per_group() for block in blocks)
         if settings.target_sparsity is not None:
             share = settings.target_sparsity
-            if settings.target_by_layer:
-                return tuple(Goal(round(share * count), (1,)) for count in counts)
-            amount = round(share * groups_before) - (groups_before - groups)
-            return (Goal(amount, (1,) * len(blocks)),)
-        if settings.target_parameters is not None:
+            if not settings.target_by_layer:
+                removed = sum(counts.values()) - sum(block.count for block in blocks)
+                amount = round(share * sum(counts.values())) - removed
+                return (Goal(amount, (1,) * len(blocks)),)
+            numbers = [round(share * counts[block.name]) for block in blocks]
+        elif settings.target_parameters is not None:
             share = settings.target_parameters
-            costs = tuple(block.parameters_per_group() for block in blocks)
-            largest = sum(cost * count for cost, count in zip(costs, counts, strict=True))
-            amount = share * parameters_before - (parameters_before - parameters)
-            if amount > largest:
-                most = (largest + parameters_before - parameters) / parameters_before
+            wanted = share * parameters_before
+            removed = parameters_before - parameters
+            largest = sum(cost * block.count for cost, block in zip(costs, blocks, strict=True))
+            if wanted > largest + removed:
+                most = (largest + removed) / parameters_before
                 raise ConfigError(
                     f"--prox-target-parameters {share}: the groups of --prox-groups "
                     f"{','.join(settings.groups)} have {most:.3f} of the model's parameters; ask "
                     "for less, add groups, or make the embeddings smaller"
                 )
-            if settings.target_by_layer:
-                numbers = [math.ceil(round(count * amount / largest, 6)) for count in counts]
-                return tuple(Goal(number, (1,)) for number in numbers)
-            return (Goal(amount, costs),)
-        return ()
+            if not settings.target_by_layer:
+                return (Goal(wanted - removed, costs),)
+            sizes = [counts[block.name] for block in blocks]
+            whole = sum(cost * size for cost, size in zip(costs, sizes, strict=True))
+            numbers = [math.ceil(round(size * wanted / whole, 6)) for size in sizes]
+        else:
+            return ()
+        removed = [counts[block.name] - block.count for block in blocks]
+        return tuple(Goal(n - gone, (1,)) for n, gone in zip(numbers, removed, strict=True))
 
     def _log_start(self, proximal: ProximalOptimizer, update_num: int) -> None:
         """Say what is being shrunk, how long a neuron lives, and the settings in one line."""
