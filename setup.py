@@ -42,6 +42,7 @@ setup(
             "hydra-submitit-launcher",
             "portalocker",
             "rich",
+            "sentencepiece",
             "torch-pruning",
         ],
         "ctranslate2": ["ctranslate2>=4.8.1"],

@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from . import __version__
 from .averaging import average
@@ -410,14 +411,30 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_report)
 
 
+def _named_runs(texts: Sequence[str]) -> list[tuple[str, str]]:
+    """(name, path) of each [NAME=]RUN; without a name, as much of the path as tells them apart."""
+    named = []
+    for text in texts:
+        name, found, path = text.partition("=")
+        named.append((name, path) if found and not os.path.exists(text) else ("", text))
+    parts = {path: Path(path).resolve().parts for name, path in named if not name}
+
+    def shortest(path: str) -> str:
+        for part in range(-1, -len(parts[path]), -1):
+            if sum(other[part:] == parts[path][part:] for other in set(parts.values())) == 1:
+                return os.path.join(*parts[path][part:])
+        return path
+
+    return [(name or shortest(path), path) for name, path in named]
+
+
 def _report(arguments: argparse.Namespace) -> None:
     runs = {}
-    for text in arguments.runs:
-        name, found, path = text.partition("=")
-        run = read_run(path, name) if found and not os.path.exists(text) else read_run(text)
+    for name, path in _named_runs(arguments.runs):
+        run = read_run(path, name)
         if run.name in runs:
             raise ReportError(
-                f"{text}: two runs are named {run.name}; name them apart: NAME={text}"
+                f"{path}: two runs are named {run.name}; name them apart: NAME={path}"
             )
         runs[run.name] = run
         for problem in run.problems:

@@ -255,6 +255,14 @@ def table(rows: Iterable[dict]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def check_output(parser: argparse.ArgumentParser, output: Path) -> None:
+    """End the program, before it has measured anything, where its results could not be written."""
+    if output.exists():
+        parser.error(f"--output {output}: exists already; choose another name")
+    if not output.parent.is_dir():
+        parser.error(f"--output {output}: the folder {output.parent} does not exist")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parts = ["cases", "scaling", "training-small", "training-iwslt"]
@@ -262,6 +270,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each timing (default 5)")
     parser.add_argument("--output", type=Path, help="JSON file for all results")
     arguments = parser.parse_args()
+    if arguments.output:
+        check_output(parser, arguments.output)
     logging.disable(logging.INFO)  # fairseq's
     torch.set_num_threads(1)
     torch.manual_seed(0)

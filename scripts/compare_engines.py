@@ -27,7 +27,7 @@ from benchmark_operators import cpu_name
 from fairseq.data.data_utils import post_process
 from pipeline import USER_DIR, execute
 
-from fairseq_autosize.checkpoint import read_checkpoint, write_checkpoint
+from fairseq_autosize.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from fairseq_autosize.compaction import compact
 from fairseq_autosize.export import export_ctranslate2
 from fairseq_autosize.report import count_neurons
@@ -114,22 +114,21 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def compare(arguments: argparse.Namespace, record: dict) -> dict:
-    """Make the forms, translate with each, and collect the figures."""
+def compare(arguments: argparse.Namespace, record: dict, pruned: dict, dense: dict | None) -> dict:
+    """Make the forms of the pruned checkpoint, translate with each, and collect the figures."""
     out, data = arguments.out, arguments.data
     split = record["gen_subsets"]["test"]  # the first of them, in the corpus' own name
     reference_file = data / "raw" / f"{split}.{record['languages'][1]}"
     references = reference_file.read_text(encoding="utf-8").splitlines()
     symbol = {"sentencepiece": "sentencepiece", "subword-nmt": "subword_nmt"}.get(record["bpe"])
-    pruned = read_checkpoint(arguments.pruned)
     plain = {**pruned, "last_optimizer_state": None}
     checkpoints = {"pruned": out / "pruned.pt", "compacted": out / "small.pt"}
     checkpoints["compacted --uniform"] = out / "uniform.pt"
     write_checkpoint(plain, checkpoints["pruned"])
     write_checkpoint(compact(pruned).checkpoint, checkpoints["compacted"])
     write_checkpoint(compact(pruned, uniform=True).checkpoint, checkpoints["compacted --uniform"])
-    if arguments.dense:
-        dense = {**read_checkpoint(arguments.dense), "last_optimizer_state": None}
+    if dense:
+        dense = {**dense, "last_optimizer_state": None}
         checkpoints = {"dense": out / "dense.pt", **checkpoints}
         write_checkpoint(dense, checkpoints["dense"])
     found = {
@@ -206,8 +205,13 @@ def main() -> int:
     if arguments.out.exists():
         parser.error(f"OUT {arguments.out}: exists already; choose another name")
     record = json.loads((arguments.data / "prepare.json").read_text())
+    try:
+        pruned = read_checkpoint(arguments.pruned)
+        dense = read_checkpoint(arguments.dense) if arguments.dense else None
+    except CheckpointError as error:
+        parser.error(str(error))
     arguments.out.mkdir(parents=True)
-    results = compare(arguments, record)
+    results = compare(arguments, record, pruned, dense)
     (arguments.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
     return 0

@@ -31,10 +31,13 @@ import portalocker
 from benchmark_operators import cpu_name
 from grid_results import collect, sentence_groups, table
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pipeline import RunError
 from prepare_data import REMOVE_BPE
+from yaml import YAMLError
 
 from fairseq_autosize.checkpoint import read_checkpoint, writing
 from fairseq_autosize.html_report import tokens_per_second
@@ -319,6 +322,8 @@ def write_json(path: Path, content: Any) -> None:
 @hydra.main(version_base="1.3", config_path=str(GRIDS), config_name="base")
 def job(config: DictConfig) -> float:
     """One run of the grid; returns its validation loss, for a search (infinity if it failed)."""
+    if "datasets" not in config:
+        raise RunError("no data sets and runs; put `defaults: [base, _self_]` into the file")
     folder = Path(HydraConfig.get().runtime.output_dir)
     failed = folder / "failed.json"
     try:
@@ -440,4 +445,9 @@ if __name__ == "__main__":
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     os.environ[TYPED] = shlex.join(["python", "scripts/grid.py", *sys.argv[1:]])
     sys.argv[1:] = hydra_arguments(sys.argv[1:])
-    job()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # to be caught here
+    try:
+        job()
+    except (RunError, HydraException, OmegaConfBaseException, YAMLError) as error:
+        print(f"grid.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -21,6 +21,8 @@ import sys
 import time
 from pathlib import Path
 
+from benchmark_operators import check_output
+
 ROOT = Path(__file__).resolve().parent.parent
 
 MODEL = (
@@ -110,6 +112,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.updates < 100 or arguments.segments < 1 or arguments.segment_updates < 20:
         parser.error("--updates >= 100, --segments >= 1 and --segment-updates >= 20 are needed")
+    check_output(parser, arguments.output)
     folder = arguments.folder.resolve()
     data = folder / "data" / "data-bin"
     if not data.is_dir():

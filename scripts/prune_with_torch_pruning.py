@@ -17,7 +17,7 @@ import torch
 import torch_pruning
 from torch import nn
 
-from fairseq_autosize.checkpoint import read_checkpoint, write_checkpoint
+from fairseq_autosize.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from fairseq_autosize.groups import feed_forward_in_state
 
 
@@ -77,7 +77,10 @@ def main() -> None:
     if not 0 < args.sparsity < 1:
         parser.error(f"--sparsity {args.sparsity}: must lie between 0 and 1")
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    checkpoint = read_checkpoint(args.checkpoint)
+    try:
+        checkpoint = read_checkpoint(args.checkpoint)
+    except CheckpointError as error:
+        parser.error(str(error))
     blocks = list(feed_forward_in_state(checkpoint["model"]))
     for block, neurons in zip(blocks, removed_neurons(blocks, args.sparsity), strict=True):
         block.fc1_weight[neurons] = 0

@@ -289,3 +289,22 @@ def test_usage_and_a_missing_file(tmp_path):
         command = [sys.executable, SCRIPTS / "grid.py", *words]
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert result.returncode == status and told in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("defaults: [base\noutput: x\n", "expected ',' or ']'"),
+        ("defaults: [base, _self_]\n", "Missing mandatory value: output"),
+        ("output: out\n", "put `defaults: [base, _self_]` into the file"),
+        ("defaults: [base, override hydra/launcher: nope]", "Available options in"),
+    ],
+    ids=["syntax", "no output", "no defaults", "launcher"],
+)
+def test_a_file_that_cannot_be_used_is_told_in_a_line(text, told, tmp_path):
+    (tmp_path / "mine.yaml").write_text(text)
+    command = [sys.executable, SCRIPTS / "grid.py", "mine.yaml"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("grid.py: error: ") and told in last

@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import shutil
 import time
 
 import pytest
@@ -397,6 +398,20 @@ def test_what_is_no_training(make, told, tmp_path, capsys):
     error = capsys.readouterr().err
     assert told in error and error.count("\n") == 1
     assert not (tmp_path / "report.html").exists()
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(folder, tmp_path):
+    runs = [tmp_path / pair / way / "seed-1" for pair in ("hau", "ibo") for way in ("half", "none")]
+    for run in runs:
+        shutil.copytree(folder, run)
+    output = tmp_path / "report.html"
+    assert main(["report", *map(str, runs), str(folder), "--output", str(output)]) == 0
+    text = output.read_text()
+    names = [
+        "half",
+        *(f"{pair}/{way}/seed-1" for pair in ("hau", "ibo") for way in ("half", "none")),
+    ]
+    assert all(f">{name}<" in text for name in names)
 
 
 def test_two_runs_of_one_name(folder, tmp_path, capsys):
