@@ -18,6 +18,7 @@ import argparse
 import json
 import logging
 import re
+import shlex
 import sys
 from collections.abc import Container, Mapping
 from pathlib import Path
@@ -143,13 +144,36 @@ def page(text: str) -> str:
     )
 
 
+def grid_commands(summary: Mapping[str, Any]) -> list[str]:
+    """The commands that make just the runs of a grid: those typed may have been only the last."""
+    words = shlex.split(summary["command"])
+    fixed = [w for w in words if not re.match(r"(data|run|seed|hydra\.launcher\.n_jobs)=", w)]
+    seeds: dict[tuple[str, str], list[int]] = {}
+    for result in summary["results"]:
+        seeds.setdefault((result["data"], result["run"]), []).append(result["seed"])
+    runs: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for (data, run), numbers in seeds.items():
+        runs.setdefault((data, tuple(sorted(numbers))), []).append(run)
+    data: dict[tuple[tuple[int, ...], tuple[str, ...]], list[str]] = {}
+    for (name, numbers), ways in runs.items():
+        data.setdefault((numbers, tuple(ways)), []).append(name)
+    chosen = [
+        {"seed": numbers, "data": names, "run": ways} for (numbers, ways), names in data.items()
+    ]
+    return [
+        shlex.join(fixed + [f"{key}={','.join(map(str, values))}" for key, values in each.items()])
+        for each in chosen
+    ]
+
+
 def grid(paths: list[Path]) -> str:
     """The table of a grid, its commands and where it ran."""
     parts = []
     for path in paths:
         summary = json.loads(path.read_text(encoding="utf-8"))
         results = summary["results"]
-        minutes = sum((result["train_cpu_seconds"] or 0) for result in results) / 60
+        seconds = [r["train_cpu_seconds"] for r in results if r["train_cpu_seconds"] is not None]
+        unknown = f" (of {len(seconds)} of them)" if len(seconds) < len(results) else ""
         ran = sorted({result["processor"] for result in results})
         versions = {json.dumps(result["versions"]): result["versions"] for result in results}
         told = ["; ".join(f"{n} {v}" for n, v in found.items()) for found in versions.values()]
@@ -165,9 +189,9 @@ def grid(paths: list[Path]) -> str:
             "",
             grid_results.parts_table(summary),
             "",
-            f"- `{summary['command']}`",
-            f"- {len(results)} runs, {minutes:,.0f} minutes of training on one core each: "
-            f"{'; '.join(ran)}. {'; '.join(told)}.",
+            *(f"- `{command}`" for command in grid_commands(summary)),
+            f"- {len(results)} runs, {sum(seconds) / 60:,.0f} minutes of training{unknown} on one "
+            f"core each: {'; '.join(ran)}. {'; '.join(told)}.",
             *(f"- sacreBLEU `{signature}`" for signature in sorted(signatures)),
         ]
     return "\n".join(parts)
