@@ -320,7 +320,9 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         metavar="DIR",
         help="folder of the vocabularies, dict.*.txt (default: that of the training)",
     )
-    parser.add_argument("--force", action="store_true", help="replace OUT_DIR if it is an earlier model")
+    parser.add_argument(
+        "--force", action="store_true", help="replace OUT_DIR if it is an earlier model"
+    )
     parser.set_defaults(run=_export)
 
 
