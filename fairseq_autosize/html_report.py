@@ -194,8 +194,10 @@ def draw(runs: Sequence[Run]) -> list[_Plot]:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_axisbelow(True)
-        if axes.get_legend_handles_labels()[0]:
-            figure.legend(frameon=False, fontsize="small", loc="outside upper left", ncols=3)
+        if labelled := axes.get_legend_handles_labels()[1]:
+            # A column takes some 7 pixels a letter of 900, and 75 for its line and the gap.
+            columns = max(1, min(3, 900 // (75 + 7 * max(map(len, labelled)))))
+            figure.legend(frameon=False, fontsize="small", loc="outside upper left", ncols=columns)
         plots.append(_Plot(name, caption, figure))
 
     colours = {run.name: f"C{index % 10}" for index, run in enumerate(runs)}

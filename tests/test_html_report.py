@@ -1,6 +1,7 @@
 # ruff: noqa: E501 - lines of logs are long
 """Reports: what is read from the logs of fairseq's versions of a progress bar, and the page."""
 
+import io
 import json
 import os
 import re
@@ -412,6 +413,14 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(folder, tmp_path):
         *(f"{pair}/{way}/seed-1" for pair in ("hau", "ibo") for way in ("half", "none")),
     ]
     assert all(f">{name}<" in text for name in names)
+
+
+def test_long_names_fit_into_the_legend(folder):
+    runs = [read_run(folder, f"{'long-name/' * 4}{number}") for number in range(5)]
+    (neurons,) = (plot.figure for plot in draw(runs) if plot.name == "neurons")
+    neurons.savefig(io.BytesIO(), dpi=150)  # which lays it out
+    (legend,) = neurons.legends
+    assert legend.get_window_extent().x1 <= neurons.bbox.x1
 
 
 def test_two_runs_of_one_name(folder, tmp_path, capsys):
