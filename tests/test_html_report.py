@@ -418,7 +418,7 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(folder, tmp_path):
 def test_long_names_fit_into_the_legend(folder):
     runs = [read_run(folder, f"{'long-name/' * 4}{number}") for number in range(5)]
     (neurons,) = (plot.figure for plot in draw(runs) if plot.name == "neurons")
-    neurons.savefig(io.BytesIO(), dpi=150)  # which lays it out
+    neurons.savefig(io.BytesIO(), dpi=neurons.dpi)  # which lays it out
     (legend,) = neurons.legends
     assert legend.get_window_extent().x1 <= neurons.bbox.x1
 
