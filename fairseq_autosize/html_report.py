@@ -195,8 +195,8 @@ def draw(runs: Sequence[Run]) -> list[_Plot]:
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_axisbelow(True)
         if labelled := axes.get_legend_handles_labels()[1]:
-            # A column takes some 7 pixels a letter of 900, and 75 for its line and the gap.
-            columns = max(1, min(3, 900 // (75 + 7 * max(map(len, labelled)))))
+            # A column takes up to 7.5 of 600 pixels a letter, and 30 for its line and the gap.
+            columns = max(1, min(3, int(600 / (30 + 7.5 * max(map(len, labelled))))))
             figure.legend(frameon=False, fontsize="small", loc="outside upper left", ncols=columns)
         plots.append(_Plot(name, caption, figure))
 
