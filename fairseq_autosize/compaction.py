@@ -579,7 +579,9 @@ def _constants(
             biases={name: named[f"{block.name}.{name}.bias"] for name in block.biases},
             out_weight=named[f"{block.name}.out_proj.weight"],
         )
-        rows = block.dead().repeat_interleave(len(block.projections["v_proj"]) // block.count)
+        rows = block.dead().repeat_interleave(
+            len(block.projections["v_proj"]) // max(1, block.count)
+        )
         biases[f"{block.name}.out_proj.bias"] = _constant_of_heads(named, own, rows)[1]
     return {name: bias for name, bias in biases.items() if bias is not None}
 

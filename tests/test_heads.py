@@ -1,5 +1,6 @@
 """Attention heads as groups: which parameters they have, and the proximal step on them."""
 
+import copy
 from argparse import Namespace
 
 import pytest
@@ -256,7 +257,10 @@ def test_without_its_dead_heads_the_model_computes_the_same(uniform, bias):
     model, args = build_model(share_all_embeddings=True)
     kill_heads(model, DEAD, bias)
     prune(model, (7, 0, 10, 1))
-    result = compact(checkpoint_of(model, args), uniform=uniform)
+    averaged = copy.deepcopy(model)
+    kill_heads(averaged, DEAD, bias / 2)
+    checkpoint = checkpoint_of(model, args) | {"extra_state": {"ema": averaged.state_dict()}}
+    result = compact(checkpoint, uniform=uniform)
     assert_same_function(model, result.checkpoint)
     assert translations(model_in(result.checkpoint)) == translations(model.eval())
     wanted = {"encoder": [1, 0], "decoder": [0, 2], "cross": [1, 0]}
@@ -276,6 +280,8 @@ def test_without_its_dead_heads_the_model_computes_the_same(uniform, bias):
     again = compact(result.checkpoint, uniform=uniform)
     assert again.checkpoint["model"].keys() == result.checkpoint["model"].keys()
     assert_same_function(model, again.checkpoint)
+    for done in (result.checkpoint, again.checkpoint):
+        assert_same_function(averaged, {**done, "model": done["extra_state"]["ema"]})
     other = compact(result.checkpoint, uniform=not uniform)
     assert other.heads == (wanted if uniform else {})
     assert_same_function(model, other.checkpoint)
