@@ -251,8 +251,8 @@ def _describe(
         "",
         "use it:   fairseq-generate DATA --user-dir fairseq_autosize "
         f"--path {arguments.output} ...",
-        f"train on: fairseq-train DATA --user-dir fairseq_autosize {' '.join(architecture)} "
-        f"{start} {arguments.output} --save-dir NEW_FOLDER ...",
+        "train on: fairseq-train DATA --user-dir fairseq_autosize --save-dir NEW_FOLDER "
+        f"{' '.join(architecture)} {start} {arguments.output} ...",
         "          (...: the other options as in the training, the sizes of the model among them)",
     ]
     return "\n".join(lines) + "\n"

@@ -562,18 +562,26 @@ def _constants(
     heads: Sequence[Attention],
     activation: str,
 ) -> dict[str, Tensor]:
-    """Biases of a moving average with what the model's dead, by their own biases, add to them."""
+    """Biases of a moving average with what the model's constants are in it.
+
+    Others that are dead in the model are nothing there, and so in the average, sooner or later.
+    """
     named = {**state, **average}
     biases = {}
     for layer in layers:
+        if layer.fc1_bias is None:
+            continue
         own = replace(
             layer,
             fc1_weight=named[f"{layer.name}.fc1.weight"],
-            fc1_bias=named.get(f"{layer.name}.fc1.bias"),
+            fc1_bias=named[f"{layer.name}.fc1.bias"],
             fc2_weight=named[f"{layer.name}.fc2.weight"],
         )
-        biases[f"{layer.name}.fc2.bias"] = _constant(named, own, layer.dead(), activation)[1]
+        constant = layer.dead() & (layer.fc1_bias != 0)
+        biases[f"{layer.name}.fc2.bias"] = _constant(named, own, constant, activation)[1]
     for block in heads:
+        if "v_proj" not in block.biases:
+            continue
         own = replace(
             block,
             biases={name: named[f"{block.name}.{name}.bias"] for name in block.biases},
@@ -582,7 +590,8 @@ def _constants(
         rows = block.dead().repeat_interleave(
             len(block.projections["v_proj"]) // max(1, block.count)
         )
-        biases[f"{block.name}.out_proj.bias"] = _constant_of_heads(named, own, rows)[1]
+        constant = rows & (block.biases["v_proj"] != 0)
+        biases[f"{block.name}.out_proj.bias"] = _constant_of_heads(named, own, constant)[1]
     return {name: bias for name, bias in biases.items() if bias is not None}
 
 
