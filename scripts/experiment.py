@@ -87,9 +87,7 @@ def claim(folder: Path, settings: dict) -> None:
         if json.loads(noted.read_text()) != settings:
             raise RunError(f"{noted} is from other settings or data; choose another OUT")
     elif folder.exists() and any(folder.iterdir()):
-        raise RunError(
-            f"{folder} has files, and no settings.json of this script; choose another OUT"
-        )
+        raise RunError(f"{folder} has files, but no settings.json of a run; choose another OUT")
     else:
         folder.mkdir(parents=True, exist_ok=True)
         noted.write_text(json.dumps(settings, indent=1) + "\n")
