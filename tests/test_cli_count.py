@@ -331,7 +331,7 @@ def test_reader_that_goes_away(saved):
 @pytest.mark.parametrize(
     "arguments, told",
     [
-        (["--help"], "example: fairseq-autosize count checkpoints/checkpoint_best.pt"),
+        (["--help"], "example: fairseq-autosize count checkpoints/checkpoint_last.pt"),
         (["count", "--help"], "example: fairseq-autosize count"),
         (["--version"], f"fairseq-autosize {__version__}"),
     ],
