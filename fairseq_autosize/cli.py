@@ -420,11 +420,12 @@ def _named_runs(texts: Sequence[str]) -> list[tuple[str, str]]:
         name, found, path = text.partition("=")
         named.append((name, path) if found and not os.path.exists(text) else ("", text))
     parts = {path: Path(path).resolve().parts for name, path in named if not name}
+    places = set(parts.values())  # a folder given twice is one
 
     def shortest(path: str) -> str:
-        for part in range(-1, -len(parts[path]), -1):
-            if sum(other[part:] == parts[path][part:] for other in set(parts.values())) == 1:
-                return os.path.join(*parts[path][part:])
+        for start in range(-1, -len(parts[path]), -1):
+            if sum(place[start:] == parts[path][start:] for place in places) == 1:
+                return os.path.join(*parts[path][start:])
         return path
 
     return [(name or shortest(path), path) for name, path in named]

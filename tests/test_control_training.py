@@ -132,8 +132,9 @@ def test_target_counts_what_compaction_has_removed(
     command += ["--max-update", "40", "--save-dir", tmp_path]
     assert main(list(map(str, command))) == 0
     assert re.match(r"trained with [1-9]", capsys.readouterr().out)
+    rows = sum(layer.fc1_weight.shape[0] for layer in layers_of(tmp_path / "checkpoint_last.pt"))
     dead, total = count_dead(tmp_path / "checkpoint_last.pt")
-    assert total < 96
+    assert rows == total < 96
     assert total - dead == left
 
 
