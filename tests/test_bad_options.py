@@ -61,6 +61,14 @@ COMMAND_LINES = {
     "--prox l21 --prox-couple 1": "unrecognized arguments: 1",
     "--prox l21 --best-checkpoint-metric loss_after_freeze": "loss_after_freeze: there is no ",
     "--best-checkpoint-metric loss_after_freeze": "loss_after_freeze: there is no freeze; give a",
+    "--prox l21 --prox-freeze-update 1 --best-checkpoint-metric loss_after_freeze "
+    "--maximize-best-checkpoint-metric": "loss_after_freeze does not go with --maximize-best-check",
+    "--prox l21 --prox-freeze-update 1 --best-checkpoint-metric bleu_after_freeze": (
+        "--best-checkpoint-metric bleu_after_freeze needs --eval-bleu, which --task translation has"
+    ),
+    "--prox l21 --prox-freeze-update 1 --best-checkpoint-metric bleu_after_freeze --eval-bleu": (
+        "--best-checkpoint-metric bleu_after_freeze needs --maximize-best-checkpoint-metric"
+    ),
     "--prox l21 --arch lstm": "error: --prox-groups ffn: LSTMModel has no layer encoder.layers.N",
     "--prox l21 --use-bmuf": "error: --prox does not work with --use-bmuf: its block momentum",
     "--prox l21 --bf16": "error: --prox does not work with --bf16 on fairseq-train's command line",

@@ -56,28 +56,37 @@ def test_target_is_met_and_interrupted_training_equals_uninterrupted(corpus, run
     assert "|sparsity:0.6|" in count_neurons(read_checkpoint(checkpoint))["signature"]
 
 
-def test_best_checkpoint_and_patience_are_about_the_time_after_the_freeze(corpus, run, tmp_path):
+@pytest.mark.parametrize("measured", ["loss", "bleu"])
+def test_best_checkpoint_and_patience_are_about_the_time_after_the_freeze(
+    measured, corpus, run, tmp_path
+):
+    metric, sign = f"{measured}_after_freeze", {"loss": 1, "bleu": -1}[measured]
     train = (*TRAIN, corpus, "--prox", "l21", "--prox-target-sparsity", "0.6", "--patience", "2")
-    train += ("--prox-freeze-update", "24", "--best-checkpoint-metric", "loss_after_freeze")
-    train += ("--validate-interval-updates", "4", "--save-dir", tmp_path, "--max-update")
+    train += ("--prox-freeze-update", "24", "--best-checkpoint-metric", metric)
+    if measured == "bleu":
+        train += ("--maximize-best-checkpoint-metric", "--eval-bleu")
+        train += ("--eval-bleu-args", '{"beam": 1, "max_len_b": 9}')
+    train += ("--validate-interval-updates", "4", "--save-interval-updates", "4")
+    train += ("--save-dir", tmp_path, "--max-update")
     best = tmp_path / "checkpoint_best.pt"
     first, second = run(*train, "13").stdout, run(*train, "200", "--lr", "0.05").stdout
     points = logged(first, "valid") + logged(second, "valid")
-    before = [p["valid_loss_after_freeze"] for p in points if p["valid_num_updates"] < 24]
+    values = {p["valid_num_updates"]: p[f"valid_{metric}"] for p in points}
+    before = [sign * value for update, value in values.items() if update < 24]
     assert len(before) > 5 and before == sorted(before, reverse=True) and before[-1] > 1e6
-    losses = {p["valid_num_updates"]: p["valid_loss"] for p in points}
-    after = {n: loss for n, loss in losses.items() if n >= 24}
-    assert 24 in after
+    after = {n: value for n, value in values.items() if n >= 24}
+    assert 24 in after and max(after.values()) > 0
     assert after == {
-        p["valid_num_updates"]: p["valid_loss_after_freeze"]
+        p["valid_num_updates"]: p[f"valid_{measured}"]
         for p in points
         if p["valid_num_updates"] >= 24
     }
-    assert read_checkpoint(best)["extra_state"]["best"] == min(after.values())
+    chosen = {"loss": min, "bleu": max}[measured](after.values())
+    assert read_checkpoint(best)["extra_state"]["best"] == chosen
     assert count_dead(best) == (58, 96)
     # Patience is lost, and only now.
     assert "early stop since valid performance hasn't improved for last 2 runs" in second
-    assert 32 <= max(losses) < 200
+    assert 32 <= max(values) < 200
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf, gen_parser_from_dataclass
 from fairseq.logging import metrics
+from fairseq.logging.meters import MetersDict
 from fairseq.optim import FairseqOptimizer
 from fairseq.optim.lr_scheduler import build_lr_scheduler
 from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY, FairseqTask, register_task
@@ -50,10 +51,11 @@ PLANNED_SCHEDULES = ("fixed", "inverse_sqrt", "cosine", "polynomial_decay", "tri
 
 _OPTIONS = tuple(f.name for f in fields(AutosizeConfig) if f.name.startswith("prox"))
 
-# The validation loss of a model that has its final size. Before the freeze it is a number that no
-# loss reaches and that falls with every update, so that --patience does not lose patience.
-LOSS_AFTER_FREEZE = "loss_after_freeze"
-NO_LOSS = 1e9
+# For --best-checkpoint-metric: what fairseq measures, of a model that has its final size. Before the
+# freeze it is a number worse than any, which gets better with every update, so that --patience does
+# not lose patience.
+AFTER_FREEZE = MappingProxyType({"loss_after_freeze": "loss", "bleu_after_freeze": "bleu"})
+WORST = 1e9
 
 
 class AutosizeMixin(FairseqTask):
@@ -75,6 +77,7 @@ class AutosizeMixin(FairseqTask):
     _averaged: tuple[nn.Module, Mapping[str, list[torch.Tensor]]] | None = None  # and its `_views`
     _update_num: int = 0
     _nothing_left: bool = False  # as compaction leaves a model in which all are dead
+    _best_metric: str | None = None  # one of AFTER_FREEZE, in a training that asks for it
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         tell_errors_in_one_line()
@@ -107,12 +110,9 @@ class AutosizeMixin(FairseqTask):
         if from_checkpoint:
             return model
         root = self._whole_config
-        metric = None if root is None else root.checkpoint.best_checkpoint_metric
-        if metric == LOSS_AFTER_FREEZE and not self.settings.freezes:
-            raise ConfigError(
-                f"--best-checkpoint-metric {metric}: there is no freeze; give a target, such as "
-                "--prox l21 --prox-target-sparsity 0.5, or --prox-freeze-update"
-            )
+        if root is not None and root.checkpoint.best_checkpoint_metric in AFTER_FREEZE:
+            self._best_metric = root.checkpoint.best_checkpoint_metric
+            self._check_best_metric(root)
         if self.settings.prox != "none":
             if root is not None:
                 check_training_mode(root)
@@ -125,6 +125,21 @@ class AutosizeMixin(FairseqTask):
             flags = ", ".join("--" + name.replace("_", "-") for name in ignored)
             logger.warning("no effect, since --prox is none: %s", flags)
         return model
+
+    def _check_best_metric(self, root: Any) -> None:
+        """Refuse a metric that would not come, before fairseq misses it after an epoch."""
+        flag = f"--best-checkpoint-metric {self._best_metric}"
+        if not self.settings.freezes:
+            raise ConfigError(
+                f"{flag}: there is no freeze; give a target, such as "
+                "--prox l21 --prox-target-sparsity 0.5, or --prox-freeze-update"
+            )
+        bleu = AFTER_FREEZE[self._best_metric] == "bleu"
+        if bleu and not getattr(self._task_config, "eval_bleu", False):
+            raise ConfigError(f"{flag} needs --eval-bleu, which --task translation has")
+        if bleu != root.checkpoint.maximize_best_checkpoint_metric:
+            must = "needs" if bleu else "does not go with"
+            raise ConfigError(f"{flag} {must} --maximize-best-checkpoint-metric")
 
     def _is_set(self, option: str) -> bool:
         """Whether an option of the `--prox*` block has another value than its default."""
@@ -209,16 +224,21 @@ class AutosizeMixin(FairseqTask):
         self, sample: Any, model: nn.Module, criterion: nn.Module, ema_model: Any = None
     ) -> Any:
         self._log_counts()
-        if self.settings.freezes:
-            metrics.log_derived(LOSS_AFTER_FREEZE, self._loss_after_freeze)
+        if self._best_metric is not None:
+            metrics.log_derived(self._best_metric, self._after_freeze)
         return super().valid_step(sample, model, criterion)
 
-    def _loss_after_freeze(self, meters: Mapping[str, Any]) -> float:
+    def _after_freeze(self, meters: MetersDict) -> float:
         """For --best-checkpoint-metric: no larger model from before the freeze is the best one."""
+        measured = AFTER_FREEZE[self._best_metric]
         frozen = self._nothing_left or (
             self._proximal is not None and self._proximal.is_frozen(self._update_num)
         )
-        return meters["loss"].smoothed_value if frozen else NO_LOSS / (1 + self._update_num)
+        if not frozen:
+            worst = -WORST if measured == "bleu" else WORST
+            return worst / (1 + self._update_num)
+        # fairseq tells no BLEU of translations that are all empty.
+        return meters.get_smoothed_value(measured) if measured in meters else 0.0
 
     @torch.no_grad()
     def _zero(self, model: nn.Module, held: Mapping[str, torch.Tensor]) -> None:
