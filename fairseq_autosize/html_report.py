@@ -261,6 +261,21 @@ def draw(runs: Sequence[Run]) -> list[_Plot]:
             xlabel="updates",
             ylabel="loss",
         )
+    bleu = {run.name: points for run in runs if (points := run.log.series("valid", "bleu"))}
+    if bleu:
+
+        def scores(axes: "Axes") -> None:
+            for name, points in bleu.items():
+                x, y = zip(*points, strict=True)
+                axes.plot(x, y, color=colours[name], label=name, marker=".")
+
+        add(
+            "bleu",
+            "BLEU on the validation set over the updates, as --eval-bleu measured it.",
+            scores,
+            xlabel="updates",
+            ylabel="BLEU (validation)",
+        )
     quality, label, better = _quality(runs)
     if quality:
 
@@ -373,7 +388,8 @@ def _bars(axes: "Axes", widths: dict[str, dict[str, int]], colours: dict[str, st
 def _quality(runs: Iterable[Run]) -> tuple[dict[str, tuple[int, float]], str, str]:
     """(parameters, value) by run, what the value is, and which direction is better.
 
-    BLEU on the first test set that most runs have; without any, the last validation loss.
+    BLEU on the first test set that most runs have; without any, the last of the validation; without
+    that, its last loss.
     """
     runs = [run for run in runs if run.count is not None]
     splits = [split for run in runs for split in run.scores]
@@ -381,13 +397,19 @@ def _quality(runs: Iterable[Run]) -> tuple[dict[str, tuple[int, float]], str, st
         split = max(dict.fromkeys(splits), key=splits.count)
         values = {run.name: run.scores[split] for run in runs if split in run.scores}
         label, better = f"BLEU ({split})", "higher"
+    elif values := _last(runs, "bleu"):
+        label, better = "last validation BLEU", "higher"
     else:
-        losses = {run.name: run.log.series("valid", "loss") for run in runs}
-        values = {name: points[-1][1] for name, points in losses.items() if points}
-        values = {name: value for name, value in values.items() if math.isfinite(value)}
-        label, better = "last validation loss", "lower"
+        values, label, better = _last(runs, "loss"), "last validation loss", "lower"
     sizes = {run.name: run.count["parameters"]["compact"] for run in runs}
     return {name: (sizes[name], value) for name, value in values.items()}, label, better
+
+
+def _last(runs: Iterable[Run], meter: str) -> dict[str, float]:
+    """What the last validation told, by run."""
+    series = {run.name: run.log.series("valid", meter) for run in runs}
+    values = {name: points[-1][1] for name, points in series.items() if points}
+    return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def _speed(run: Run) -> float | None:
@@ -416,7 +438,8 @@ def _table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     splits = list(dict.fromkeys(split for run in runs for split in run.scores))
     columns = ["run", "updates", "neurons alive", "heads alive", "parameters left"]
     columns += [f"BLEU ({split})" for split in splits]
-    columns += ["best validation loss", "last", "updates / s", "translated tokens / s"]
+    columns += ["best validation loss", "last", "best validation BLEU", "last BLEU"]
+    columns += ["updates / s", "translated tokens / s"]
     translated = _translation_speed(runs)
     rows = []
     for run in runs:
@@ -437,6 +460,8 @@ def _table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
         if losses:
             best = min(filter(math.isfinite, losses), default=math.nan)
             cells |= {"best validation loss": f"{best:.3f}", "last": f"{losses[-1]:.3f}"}
+        if bleu := [value for _, value in run.log.series("valid", "bleu")]:
+            cells |= {"best validation BLEU": f"{max(bleu):.1f}", "last BLEU": f"{bleu[-1]:.1f}"}
         if (speed := _speed(run)) is not None:
             cells["updates / s"] = f"{speed:.3g}"
         if run.name in translated:

@@ -49,10 +49,10 @@ TAIL = """
   that update, so warm-up and decay apply to the shrinking as well.
 - **`--update-freq`, gradient clipping.** One proximal step an update, after clipping and after the
   optimizer's step. An update skipped for an overflow takes none.
-- **`--best-checkpoint-metric loss_after_freeze`**, or **`bleu_after_freeze`** with `--eval-bleu` and
-  `--maximize-best-checkpoint-metric`: the validation loss or BLEU, from the freeze on; the best
-  checkpoint is then one of the final size, and `--patience` counts from there. Both need a target or
-  `--prox-freeze-update`.
+- **`--best-checkpoint-metric loss_after_freeze`**, or **`bleu_after_freeze`** with `--eval-bleu`
+  and `--maximize-best-checkpoint-metric`: the validation loss or BLEU, from the freeze on; the best
+  checkpoint is then one of the final size, and `--patience` counts from there. Both need a target
+  or `--prox-freeze-update`.
 - **`--weight-decay`** shrinks all weights by a factor; it neither kills a neuron by itself nor
   revives one.
 - **`--dropout`, `--activation-dropout`** are independent of the prox. **`--encoder-layerdrop`,

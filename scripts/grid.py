@@ -46,7 +46,7 @@ from fairseq_autosize.report import count_neurons
 ROOT = Path(__file__).resolve().parent.parent
 GRIDS = Path(__file__).resolve().parent / "grids"
 PARTS = ("train", "generate", "select", "keep", "prune")
-SELECT, KEEP = ("best", "last"), ("selected", "all")
+SELECT, KEEP = ("best", "bleu", "last"), ("selected", "all")
 
 # The variable with the command as typed. This file's module is there twice, as the program and as
 # what Hydra imports for its callbacks, which finds only Hydra's own spelling.
@@ -149,7 +149,18 @@ class Run:
         if not trained.exists():
             write_json(trained, self._train())
         history = pipeline.history(self.folder / "train.log")
-        checkpoint = self._select(history)
+        losses, saved = self._candidates(history)
+        updates = self._wanted(losses)
+        tried = {
+            (update, index): self._translate(saved[update], "valid", "valid", generate)
+            for update in updates
+            for index, generate in enumerate(choices)
+        }
+        bleu = {key: found.scores["BLEU"]["score"] for key, found in tried.items()}
+        selected, index = best = max(bleu, key=bleu.__getitem__)
+        checkpoint = self.folder / "checkpoint_selected.pt"
+        with writing(checkpoint, force=True) as beside:
+            beside.write(saved[selected].read_bytes())
         result = {
             **self.settings,
             "target": self.record["languages"][1],
@@ -157,20 +168,22 @@ class Run:
             "versions": pipeline.versions(),
             "processor": cpu_name(),
             **json.loads(trained.read_text()),
-            **checkpoint,
-            "neurons": count_neurons(read_checkpoint(self.folder / "checkpoint_selected.pt")),
+            "selected_update": selected,
+            "valid_loss": losses[selected],
+            "neurons": count_neurons(read_checkpoint(checkpoint)),
             "history": history,
             "scores": {},
             "tokens_per_second": {},
         }
-        tried = [self._translate("valid", "valid", generate) for generate in choices]
-        bleu = [translated.scores["BLEU"]["score"] for translated in tried]
-        best = bleu.index(max(bleu))
+        if self.settings["select"] == "bleu":
+            of_updates = {n: max(bleu[n, i] for i in range(len(choices))) for n in updates}
+            result["BLEU valid"] = of_updates
         if choices != [self.settings["generate"]]:
-            result["chosen"] = {"generate": choices[best], "BLEU valid": bleu}
+            of_choices = [bleu[selected, i] for i in range(len(choices))]
+            result["chosen"] = {"generate": choices[index], "BLEU valid": of_choices}
         translated = {"valid": tried[best]}
         for subset, split in self.record["gen_subsets"].items():
-            translated[split] = self._translate(subset, split, choices[best])
+            translated[split] = self._translate(checkpoint, subset, split, choices[index])
         for split, found in translated.items():
             text = "".join(f"{line}\n" for line in found.lines)
             (self.folder / f"{split}.txt").write_text(text, encoding="utf-8")
@@ -245,27 +258,30 @@ class Run:
         write_json(self.folder / "pruned.json", prune)
         return command
 
-    def _select(self, history: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-        """Choose a checkpoint and give it a name of its own; returns its update and loss."""
+    def _candidates(
+        self, history: Sequence[Mapping[str, float]]
+    ) -> tuple[dict[int, float], dict[int, Path]]:
+        """Validation loss and file, by update, of the checkpoints that have the final size."""
         losses = {p["update"]: p["valid_loss"] for p in history if "valid_loss" in p}
+        sized_from = self._sized_from()
         saved = {}
         for path in self.folder.glob("checkpoint_*_*.pt"):
             update = int(path.stem.rsplit("_", 1)[1])
-            if update in losses and math.isfinite(losses[update]):
+            if update >= sized_from and math.isfinite(losses.get(update, math.nan)):
                 saved[update] = path
-        sized_from = self._sized_from()
-        final = [update for update in saved if update >= sized_from]
-        if not final:
+        if not saved:
             raise RunError(
                 f"{self.folder}: no checkpoint with a validation loss at update {sized_from} or "
                 "later; is validate-interval-updates too large?"
             )
-        update = max(final)
-        if self.settings["select"] == "best":
-            update = min(final, key=losses.__getitem__)
-        with writing(self.folder / "checkpoint_selected.pt", force=True) as beside:
-            beside.write(saved[update].read_bytes())
-        return {"selected_update": update, "valid_loss": losses[update]}
+        return {update: losses[update] for update in sorted(saved)}, saved
+
+    def _wanted(self, losses: Mapping[int, float]) -> list[int]:
+        """The updates whose checkpoints are to be tried on the validation set."""
+        if self.settings["select"] == "bleu":
+            return list(losses)
+        best = self.settings["select"] == "best"
+        return [min(losses, key=losses.__getitem__) if best else max(losses)]
 
     def _sized_from(self) -> int:
         """The update from which on the model has its final size."""
@@ -275,11 +291,13 @@ class Run:
         shrinks = self.settings["train"].get("prox", "none") != "none"
         return self.settings["train"]["max-update"] if shrinks else 0
 
-    def _translate(self, subset: str, split: str, generate: Mapping[str, Any]) -> Translated:
+    def _translate(
+        self, checkpoint: Path, subset: str, split: str, generate: Mapping[str, Any]
+    ) -> Translated:
         """Translate and score a data set with these options of fairseq-generate."""
         log = self.folder / f"{split}.out"
         command = [sys.executable, "-m", "fairseq_cli.generate", *self._corpus()]
-        command += ["--path", str(self.folder / "checkpoint_selected.pt"), "--gen-subset", subset]
+        command += ["--path", str(checkpoint), "--gen-subset", subset]
         command += shlex.split(REMOVE_BPE[self.record["bpe"]])
         pipeline.execute([*command, *options(generate)], log)
         target = self.record["languages"][1]

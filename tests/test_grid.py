@@ -96,7 +96,7 @@ def test_a_run_overrides_its_data_set_and_that_the_base(grid, tmp_path):
     [
         ("run=sparse", "runs has no sparse, but chosen, dense, late, odd"),
         ("run=odd", "runs.odd: no key trian, but train, generate, select, keep, prune"),
-        ("run=chosen", "select first: must be one of best, last"),
+        ("run=chosen", "select first: must be one of best, bleu, last"),
         ("datasets.a.path=null", "datasets.a: no path of a folder made by prepare_data.py"),
         ("data=b", "datasets has no b, but a"),
     ],
@@ -214,12 +214,13 @@ def test_a_grid_runs_resumes_and_tells_what_failed(tmp_path, prepared):
         "datasets": {"tiny": {"path": str(prepared)}},
         "runs": {
             "magnitude": {
+                "select": "bleu",
                 "train": {
                     "prox": "l21",
                     "prox-target-sparsity": 0.5,
                     "prox-start-update": "${updates:0.5,-1}",
                     "prox-freeze-update": "${updates:0.5}",
-                }
+                },
             },
             "peer": {
                 "prune": {
@@ -252,6 +253,11 @@ def test_a_grid_runs_resumes_and_tells_what_failed(tmp_path, prepared):
         neurons = result["neurons"]["ffn_neurons"]
         assert (neurons["total"], neurons["pruned"]) == (48, 24)
         assert result["selected_update"] in (4, 6, 8), "not from before the freeze"
+        if result["run"] == "magnitude":
+            found = {int(update): bleu for update, bleu in result["BLEU valid"].items()}
+            assert {4, 8} <= set(found) and len(set(found.values())) > 1
+            assert found[result["selected_update"]] == max(found.values())
+            assert max(found.values()) == result["scores"]["valid"]["BLEU"]["score"]
         losses = {p["update"]: p["valid_loss"] for p in result["history"] if "valid_loss" in p}
         assert result["valid_loss"] == losses[result["selected_update"]]
         assert not any(word.startswith(str(ROOT)) for word in result["commands"][0].split())

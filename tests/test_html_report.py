@@ -198,6 +198,28 @@ def test_the_table_has_the_best_loss_and_the_last(folder, tmp_path):
     assert "<td>8.250</td><td>8.750</td>" in (tmp_path / "report.html").read_text()
 
 
+def test_bleu_of_the_validation(folder, tmp_path):
+    """From --eval-bleu; against the size only where no test set was translated."""
+    log = (folder / "train.log").read_text()
+    loss = '"valid_loss": "8.25"'
+    assert loss in log
+    first = log.replace(loss, f'{loss}, "valid_bleu": "21.46"')
+    later = first.splitlines()[-2].replace('"20"', '"30"').replace("21.46", "20.84")
+    (folder / "train.log").write_text(f"{first}{later}\n")
+    run, loss_only = read_run(folder), Run("other", read(tmp_path, log))
+    plots = {plot.name: plot.figure for plot in draw([run, loss_only])}
+    assert curves(plots["bleu"]) == {"half": [(20, 21.46), (30, 20.84)]}
+    assert plots["size"].axes[0].get_ylabel() == "BLEU (test)"
+    (folder / "test.out").unlink()
+    plots = {plot.name: plot.figure for plot in draw([read_run(folder), loss_only])}
+    left = run.count["parameters"]["compact"] / 1e6
+    assert curves(plots["size"]) == {"half": [(left, 20.84)]}
+    assert plots["size"].axes[0].get_ylabel() == "last validation BLEU"
+    assert not plots["size"].axes[0].yaxis_inverted()
+    assert main(["report", str(folder), "--output", str(tmp_path / "report.html")]) == 0
+    assert "<td>21.5</td><td>20.8</td>" in (tmp_path / "report.html").read_text()
+
+
 LINE = JSON.splitlines()[2]
 VALID = JSON.splitlines()[5]
 LAYERS = "... | alive after update 9, layer by layer: "
@@ -220,6 +242,10 @@ def test_lines_of_no_update_are_skipped(line, tmp_path):
     "lines",
     [
         [VALID.replace("8.25", "nan"), LINE.replace("9.5", "inf")],
+        [
+            VALID.replace("valid_loss", "valid_bleu").replace("8.25", bleu)
+            for bleu in ("nan", "inf")
+        ],
         [VALID.replace("8.25", "-3"), LINE.replace("9.5", "nan")],
         [JSON, VALID.replace("20", "30").replace("8.25", "inf"), LINE.replace('"2"', '"1e400"')],
         [LINE, LAYERS + "; ".join(f"kind{n} 1" for n in range(9))],

@@ -51,9 +51,9 @@ PLANNED_SCHEDULES = ("fixed", "inverse_sqrt", "cosine", "polynomial_decay", "tri
 
 _OPTIONS = tuple(f.name for f in fields(AutosizeConfig) if f.name.startswith("prox"))
 
-# For --best-checkpoint-metric: what fairseq measures, of a model that has its final size. Before the
-# freeze it is a number worse than any, which gets better with every update, so that --patience does
-# not lose patience.
+# For --best-checkpoint-metric: what fairseq measures, of a model that has its final size. Before
+# the freeze it is a number worse than any, which gets better with every update, so that --patience
+# does not lose patience.
 AFTER_FREEZE = MappingProxyType({"loss_after_freeze": "loss", "bleu_after_freeze": "bleu"})
 WORST = 1e9
 
