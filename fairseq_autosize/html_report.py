@@ -75,7 +75,10 @@ def read_run(path: str | os.PathLike[str], name: str | None = None) -> Run:
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
-    logs = sorted(path.glob("*.log"), key=lambda p: p.stat().st_mtime) if path.is_dir() else [path]
+    logs = [path]
+    if path.is_dir():
+        found = (file for file in path.glob("*.log") if file.is_file())
+        logs = sorted(found, key=lambda file: file.stat().st_mtime)
     log = TrainingLog()
     for file in logs:
         try:
@@ -117,13 +120,16 @@ def _read_scores(run: Run, folder: Path) -> None:
     if result.exists():
         try:
             told = json.loads(result.read_text(encoding="utf-8"))
-            for split, scores in told["scores"].items():
+            # scripts/grid.py has the validation set first.
+            for split in sorted(told["scores"], key=lambda split: split == "valid"):
+                scores = told["scores"][split]
                 run.scores[split] = _finite(scores["BLEU"]["score"])
                 whole = {n: s for n, s in scores.items() if "lines" not in s}  # not of a part
                 run.signatures += [f"{split}: {n} {s['signature']}" for n, s in whole.items()]
-            for split, speed in told.get("tokens_per_second", {}).items():
-                if speed is not None:
-                    run.tokens_per_second[split] = _finite(speed)
+            speeds = told.get("tokens_per_second", {})
+            for split in sorted(speeds, key=lambda split: split == "valid"):
+                if speeds[split] is not None:
+                    run.tokens_per_second[split] = _finite(speeds[split])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             run.problems.append(f"{run.name}: {result}: no scores as expected: {error!r}")
         return
@@ -207,7 +213,7 @@ def draw(runs: Sequence[Run]) -> list[_Plot]:
         def neurons(axes: "Axes") -> None:
             for name, points in alive.items():
                 if points:
-                    axes.plot(*zip(*points, strict=True), color=colours[name], label=name)
+                    axes.plot(*zip(*points, strict=True), color=colours[name], label=_label(name))
             axes.set_ylim(0, 103)
 
         add(
@@ -245,7 +251,7 @@ def draw(runs: Sequence[Run]) -> list[_Plot]:
                     ("valid", {"marker": "."}),
                 ):
                     points = run.log.series(part, "loss")
-                    label = run.name if part == "valid" else None
+                    label = _label(run.name) if part == "valid" else None
                     if points:
                         x, y = zip(*points, strict=True)
                         axes.plot(x, y, color=colours[run.name], label=label, **style)
@@ -267,7 +273,7 @@ def draw(runs: Sequence[Run]) -> list[_Plot]:
         def scores(axes: "Axes") -> None:
             for name, points in bleu.items():
                 x, y = zip(*points, strict=True)
-                axes.plot(x, y, color=colours[name], label=name, marker=".")
+                axes.plot(x, y, color=colours[name], label=_label(name), marker=".")
 
         add(
             "bleu",
@@ -281,7 +287,7 @@ def draw(runs: Sequence[Run]) -> list[_Plot]:
 
         def trade_off(axes: "Axes") -> None:
             for run, (parameters, value) in quality.items():
-                axes.plot(parameters / 1e6, value, "o", color=colours[run], label=run)
+                axes.plot(parameters / 1e6, value, "o", color=colours[run], label=_label(run))
             if better == "lower":
                 axes.invert_yaxis()
             axes.set_xlim(0, None)
@@ -299,7 +305,8 @@ def draw(runs: Sequence[Run]) -> list[_Plot]:
             return
 
         def bars(axes: "Axes") -> None:
-            axes.barh(list(speeds), list(speeds.values()), color=[colours[run] for run in speeds])
+            names = [_label(run) for run in speeds]
+            axes.barh(names, list(speeds.values()), color=[colours[run] for run in speeds])
             axes.invert_yaxis()
 
         note = "Runs made at different times or side by side are no benchmark."
@@ -311,6 +318,11 @@ def draw(runs: Sequence[Run]) -> list[_Plot]:
     speeds = _translation_speed(runs)
     add_speeds("translation-speed", "Tokens translated", "tokens / s", speeds)
     return plots
+
+
+def _label(name: str) -> str:
+    """A name for matplotlib, to which dollar signs begin a formula."""
+    return name.replace("$", r"\$")
 
 
 def _share_alive(run: Run) -> list[tuple[int, float]]:
@@ -381,15 +393,16 @@ def _bars(axes: "Axes", widths: dict[str, dict[str, int]], colours: dict[str, st
     wide = 0.8 / len(widths)
     for index, (run, final) in enumerate(widths.items()):
         at = [i + (index - (len(widths) - 1) / 2) * wide for i in range(len(names))]
-        axes.bar(at, [final.get(n, math.nan) for n in names], wide, color=colours[run], label=run)
+        heights = [final.get(n, math.nan) for n in names]
+        axes.bar(at, heights, wide, color=colours[run], label=_label(run))
     axes.set_xticks(range(len(names)), names)
 
 
 def _quality(runs: Iterable[Run]) -> tuple[dict[str, tuple[int, float]], str, str]:
     """(parameters, value) by run, what the value is, and which direction is better.
 
-    BLEU on the first test set that most runs have; without any, the last of the validation; without
-    that, its last loss.
+    BLEU on the first test set that most runs have; without any, the last validation's BLEU where
+    all have it, or else its loss.
     """
     runs = [run for run in runs if run.count is not None]
     splits = [split for run in runs for split in run.scores]
@@ -397,10 +410,11 @@ def _quality(runs: Iterable[Run]) -> tuple[dict[str, tuple[int, float]], str, st
         split = max(dict.fromkeys(splits), key=splits.count)
         values = {run.name: run.scores[split] for run in runs if split in run.scores}
         label, better = f"BLEU ({split})", "higher"
-    elif values := _last(runs, "bleu"):
-        label, better = "last validation BLEU", "higher"
     else:
         values, label, better = _last(runs, "loss"), "last validation loss", "lower"
+        bleu = _last(runs, "bleu")
+        if bleu.keys() >= values.keys():
+            values, label, better = bleu, "last validation BLEU", "higher"
     sizes = {run.name: run.count["parameters"]["compact"] for run in runs}
     return {name: (sizes[name], value) for name, value in values.items()}, label, better
 

@@ -44,7 +44,7 @@ class TrainingLog:
                     self._add(found[1], found[2])
                 elif line.startswith('{"epoch"'):
                     # --log-file has no tags, and each line many times.
-                    prefix = re.search(r'"(train|valid)_', line)
+                    prefix = re.search(r'"(train|valid)_num_updates"', line)
                     self._add(prefix[1] if prefix else "train_inner", line)
                 elif found := _LAYERS.search(line):
                     kinds = (part.split() for part in found[2].split(";"))

@@ -76,6 +76,11 @@ def train_options(run: str, args: argparse.Namespace) -> list[str]:
     ]
 
 
+def folder_name(run: str) -> str:
+    """A run's folder within OUT."""
+    return re.sub(r"[:@+=]", "-", run)
+
+
 def claim(folder: Path, settings: dict) -> None:
     """Note in a run's folder what it is for, or see that it is for the same.
 
@@ -95,7 +100,7 @@ def claim(folder: Path, settings: dict) -> None:
 
 def perform(run: str, data: Path, record: dict, args: argparse.Namespace) -> dict:
     """Train, translate and score one run; returns what goes into result.json."""
-    folder = args.out / re.sub(r"[:@+=]", "-", run)
+    folder = args.out / folder_name(run)
     result_file = folder / "result.json"
     options = train_options(run, args)
     corpus = {key: record.get(key) for key in ("languages", "bpe", "vocab_size", "sha256")}
@@ -231,6 +236,10 @@ def parse_args() -> argparse.Namespace:
             )
         if run.startswith("like:") and run.removeprefix("like:") not in args.runs:
             parser.error(f"--runs {run}: {run.removeprefix('like:')} is not among the runs")
+        same = [other for other in args.runs if folder_name(other) == folder_name(run)]
+        if len(set(same)) > 1:
+            folder = args.out / folder_name(run)
+            parser.error(f"--runs {' '.join(same)}: all of them in {folder}; give each an OUT")
     if not (args.data / "prepare.json").is_file():
         parser.error(f"DATA {args.data}: no prepare.json there; make it with prepare_data.py")
     return args

@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import sys
 import threading
@@ -96,14 +97,29 @@ def settings_of(config: DictConfig) -> dict[str, Any]:
 
 
 def options(chosen: Mapping[str, Any]) -> list[str]:
-    """Command-line options of a mapping: true is a flag; false and null leave one out."""
+    """Command-line options of a mapping: true is a flag; false and null leave one out.
+
+    Raises:
+        RunError: a name that is not spelt as on the command line.
+    """
     words = []
     for name, value in chosen.items():
-        if value is True:
+        if "_" in name:
+            raise RunError(f"{name}: write {name.replace('_', '-')}, as on the command line")
+        if name == "prox-bias" and value is False:  # the only one that is on by default
+            words.append("--no-prox-bias")
+        elif value is True:
             words.append(f"--{name}")
         elif value is not None and value is not False:
             words += [f"--{name}", str(value)]
     return words
+
+
+def freezes(train: Mapping[str, Any]) -> bool:
+    """Whether a training with these options has a freeze."""
+    keys = ("prox-target-sparsity", "prox-target-parameters", "prox-freeze-update")
+    wanted = any(train.get(key) is not None for key in keys)
+    return train.get("prox", "none") != "none" and wanted
 
 
 def shown(command: Sequence[str]) -> str:
@@ -134,6 +150,10 @@ class Run:
     def __init__(self, settings: dict[str, Any], folder: Path) -> None:
         self.settings, self.folder = settings, folder
         self.data = Path(settings["path"])
+        for path in (folder, self.data):
+            if os.pathsep in str(path):
+                told = f"fairseq takes {os.pathsep} for the end of a path; choose other names"
+                raise RunError(f"{path}: {told}")
         if not (self.data / "prepare.json").is_file():
             raise RunError(f"{self.data}: no prepare.json there; make it with prepare_data.py")
         self.record = json.loads((self.data / "prepare.json").read_text())
@@ -213,7 +233,8 @@ class Run:
     def _train(self) -> dict[str, Any]:
         chosen = dict(self.settings["train"])
         chosen.pop("cpu", None)
-        # A checkpoint at each validation, and none at the epochs' ends.
+        # A checkpoint at each validation, and none at the epochs' ends. What falls on both fairseq
+        # keeps as the best or the last only.
         chosen |= {"save-interval-updates": chosen["validate-interval-updates"]}
         chosen |= {"save-interval": 10**6, "validate-interval": 10**6, "log-format": "json"}
         program = [sys.executable, "-m", "fairseq_cli.train", *self._corpus()]
@@ -224,7 +245,10 @@ class Run:
 
         def train(own: Mapping[str, Any]) -> None:
             nonlocal seconds
-            commands.append([*program, *options(chosen | own)])
+            wanted = chosen | own
+            if freezes(wanted):
+                wanted = {"best-checkpoint-metric": "loss_after_freeze"} | wanted
+            commands.append([*program, *options(wanted)])
             log = self.folder / "train.log"
             used = pipeline.execute(commands[-1], log, append=log.exists())
             seconds = [a + b for a, b in zip(seconds, used, strict=True)]
@@ -252,26 +276,40 @@ class Run:
         command = [sys.executable, str(script), str(last), str(pruned)]
         command += ["--sparsity", str(prune["sparsity"])]
         pipeline.execute(command, self.folder / "prune.log")
-        for unpruned in self.folder.glob("checkpoint_*_*.pt"):  # none of them to be selected
-            unpruned.unlink()
+        for unpruned in self._checkpoints():  # none of them to be selected
+            if unpruned != last:
+                unpruned.unlink()
         os.replace(pruned, last)
         write_json(self.folder / "pruned.json", prune)
         return command
+
+    def _checkpoints(self) -> dict[Path, int | None]:
+        """fairseq's, and their updates, where the names have them."""
+        files = {}
+        for path in sorted(self.folder.glob("checkpoint_*.pt")):
+            if found := re.fullmatch(r"checkpoint_(\d+_(\d+)|best|last)\.pt", path.name):
+                files[path] = found[2] and int(found[2])
+        return files
 
     def _candidates(
         self, history: Sequence[Mapping[str, float]]
     ) -> tuple[dict[int, float], dict[int, Path]]:
         """Validation loss and file, by update, of the checkpoints that have the final size."""
         losses = {p["update"]: p["valid_loss"] for p in history if "valid_loss" in p}
-        sized_from = self._sized_from()
         saved = {}
-        for path in self.folder.glob("checkpoint_*_*.pt"):
-            update = int(path.stem.rsplit("_", 1)[1])
-            if update >= sized_from and math.isfinite(losses.get(update, math.nan)):
+        for path, update in self._checkpoints().items():
+            if update is None:
+                update = read_checkpoint(path)["optimizer_history"][-1]["num_updates"]
+            if math.isfinite(losses.get(update, math.nan)):
                 saved[update] = path
+        frozen = pipeline.frozen_at(self.folder / "train.log")
+        if frozen is not None:
+            saved = {update: path for update, path in saved.items() if update >= frozen}
+        elif saved and self.settings["train"].get("prox", "none") != "none":  # shrinks to the end
+            saved = {max(saved): saved[max(saved)]}
         if not saved:
             raise RunError(
-                f"{self.folder}: no checkpoint with a validation loss at update {sized_from} or "
+                f"{self.folder}: no checkpoint with a validation loss, at update {frozen or 0} or "
                 "later; is validate-interval-updates too large?"
             )
         return {update: losses[update] for update in sorted(saved)}, saved
@@ -282,14 +320,6 @@ class Run:
             return list(losses)
         best = self.settings["select"] == "best"
         return [min(losses, key=losses.__getitem__) if best else max(losses)]
-
-    def _sized_from(self) -> int:
-        """The update from which on the model has its final size."""
-        frozen = pipeline.frozen_at(self.folder / "train.log")
-        if frozen is not None:
-            return frozen
-        shrinks = self.settings["train"].get("prox", "none") != "none"
-        return self.settings["train"]["max-update"] if shrinks else 0
 
     def _translate(
         self, checkpoint: Path, subset: str, split: str, generate: Mapping[str, Any]
@@ -376,8 +406,13 @@ def progress(folder: Path) -> tuple[str, str]:
 
 
 def folders(output: Path) -> list[Path]:
-    """Folders of runs that have begun, or have failed to."""
-    return sorted({path.parent for path in output.rglob("settings.json")} | failures(output))
+    """Folders of runs that have begun, or have failed to. Other programs' are passed over."""
+    begun = {
+        path.parent
+        for path in output.rglob("settings.json")
+        if "seed" in json.loads(path.read_text(encoding="utf-8"))
+    }
+    return sorted(begun | failures(output))
 
 
 def failures(output: Path) -> set[Path]:
@@ -400,16 +435,28 @@ class Watch(Callback):
         for watcher in _watchers:
             watcher.join()  # what it shows comes before what follows
         output = Path(config.hydra.sweep.dir)
-        results = [folder for folder in folders(output) if (folder / "result.json").exists()]
-        if results:
-            collected = collect(output, results, list(config.baselines))
-            summary = {"command": os.environ[TYPED]} | collected
-            write_json(output / "results.json", summary)
-            print(f"{table(summary)}\n\nall results: {output / 'results.json'}")
-        for folder in (failed := sorted(failures(output))):
-            print(f"failed: {folder}: {progress(folder)[1]}", file=sys.stderr)
+        failed = sorted(failures(output))
+        try:
+            self._collect(output, config.baselines)
+        except Exception as error:  # of which Hydra would make a warning, and status 0
+            logger.error("cannot collect", exc_info=True)
+            told = f"cannot collect the results: {type(error).__name__}: {error}"
+            print(f"grid.py: error: {told}", file=sys.stderr)
+            sys.exit(1)
+        finally:
+            for folder in failed:
+                print(f"failed: {folder}: {progress(folder)[1]}", file=sys.stderr)
         if failed:
             sys.exit(1)
+
+    def _collect(self, output: Path, baselines: Sequence[str] | str | None) -> None:
+        results = [folder for folder in folders(output) if (folder / "result.json").exists()]
+        if not results:
+            return
+        bases = [baselines] if isinstance(baselines, str) else list(baselines or [])
+        summary = {"command": os.environ[TYPED]} | collect(output, results, bases)
+        write_json(output / "results.json", summary)
+        print(f"{table(summary)}\n\nall results: {output / 'results.json'}")
 
 
 def watch(output: Path, pause: float = 2.0) -> None:
@@ -447,8 +494,12 @@ def hydra_arguments(words: list[str]) -> list[str]:
         if not grid.is_file():
             print(f"grid.py: error: {grid}: no such file", file=sys.stderr)
             sys.exit(2)
-        where = ["--config-dir", str(grid.resolve().parent), "--config-name", grid.stem]
-        return [*where, *words[1:]]
+        if grid.suffix == ".yml":
+            print(f"grid.py: error: {grid}: Hydra reads *.yaml only; rename it", file=sys.stderr)
+            sys.exit(2)
+        # The file's own folder comes first: a copy of one of ours may have kept its name.
+        where = ["--config-path", str(grid.resolve().parent), "--config-name", grid.stem]
+        return [*where, f"hydra.searchpath=['file://{GRIDS}']", *words[1:]]
     return words
 
 

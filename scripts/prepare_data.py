@@ -201,7 +201,7 @@ def read_corpus(name: str, source: str | None, langs: Pair) -> Corpus:
         source = str(folder)
     splits = list(known.splits) if known else ["train", "valid", "test"]
     if not known and "://" not in source:  # further test sets: test*.<lang>[.gz]
-        pattern = re.compile(rf"(test[\w-]+)\.(?:{langs[0]}|{langs[1]})(?:\.gz)?")
+        pattern = re.compile(rf"(test[\w.-]+)\.(?:{langs[0]}|{langs[1]})(?:\.gz)?")
         matches = [pattern.fullmatch(path.name) for path in Path(source).iterdir()]
         splits += sorted({match[1] for match in matches if match})
     corpus: Corpus = {}

@@ -136,3 +136,7 @@ def test_experiment_resumes_and_refuses_other_settings(tmp_path):
     assert mine.read_text() == "mine"
     wrong = subprocess.run([*experiment, "--runs", "l3"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "--runs l3: give dense" in wrong.stderr
+    wrong = subprocess.run(
+        [*experiment, "--runs", "l21:3", "l21@3"], capture_output=True, text=True
+    )
+    assert wrong.returncode == 2 and "--runs l21:3 l21@3: all of them in" in wrong.stderr

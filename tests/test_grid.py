@@ -1,5 +1,6 @@
 """scripts/grid.py: what a run's settings become, what a grid leaves behind, and how it fails."""
 
+import argparse
 import importlib
 import json
 import shutil
@@ -9,9 +10,13 @@ from pathlib import Path
 
 import pytest
 import sacrebleu
+import torch
 import yaml
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from fairseq_autosize.checkpoint import write_checkpoint
 
 SCRIPTS = ROOT / "scripts"
 TINY = {
@@ -129,6 +134,90 @@ def test_options_of_a_mapping(grid):
     chosen = {"arch": "transformer", "share-all-embeddings": True, "cpu": False, "lr": None, "n": 0}
     words = ["--arch", "transformer", "--share-all-embeddings", "--n", "0"]
     assert grid.options(chosen) == words
+    assert grid.options({"prox-bias": False, "prox-couple": False}) == ["--no-prox-bias"]
+    with pytest.raises(grid.RunError, match="max_update: write max-update, as on the command line"):
+        grid.options({"max_update": 3})
+
+
+def test_a_copy_of_a_grid_may_keep_its_name(tmp_path):
+    (copies := tmp_path / "my grids").mkdir()
+    text = (SCRIPTS / "grids" / "first.yaml").read_text()
+    (copies / "first.yaml").write_text(text.replace("runs/first", "mine"))
+    command = [sys.executable, SCRIPTS / "grid.py", "my grids/first.yaml", "--cfg", "job"]
+    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    config = yaml.safe_load(shown.stdout)
+    assert (config["output"], config["train"]["encoder-layers"]) == ("mine", 3)
+
+
+@pytest.fixture
+def bare_run(grid, tmp_path):
+    """A run with 4 + 6 updates behind it, of which fairseq has kept the last as such only."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "prepare.json").write_text("{}")
+    valid = '... | valid | {{"valid_loss": "{}", "valid_num_updates": "{}"}}\n'
+    (tmp_path / "train.log").write_text(valid.format(7.5, 4) + valid.format(7.25, 6))
+    for name, update in (("1_4", 4), ("best", 6), ("last", 6)):
+        model = {"x": torch.zeros(1)}
+        state = {"args": argparse.Namespace(), "cfg": None, "model": model, "extra_state": {}}
+        state["optimizer_history"] = [{"num_updates": 0}, {"num_updates": update}]
+        write_checkpoint(state, tmp_path / f"checkpoint_{name}.pt")
+
+    def run(frozen: int | None = None, **settings: object):
+        if frozen is not None:
+            with (tmp_path / "train.log").open("a") as log:
+                log.write(f"... | frozen after update {frozen}: 2 of 4 groups are dead\n")
+        return grid.Run({"path": tmp_path / "data", "train": {}, **settings}, tmp_path)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("settings", "updates"),
+    [
+        ({}, [4, 6]),
+        ({"train": {"prox": "l21"}}, [6]),
+        ({"train": {"prox": "l21"}, "frozen": 4}, [4, 6]),
+        ({"train": {"prox": "l21"}, "frozen": 5}, [6]),
+    ],
+)
+def test_checkpoints_that_may_be_selected(settings, updates, bare_run):
+    run = bare_run(**settings)
+    losses, files = run._candidates(
+        importlib.import_module("pipeline").history(run.folder / "train.log")
+    )
+    assert losses == {update: {4: 7.5, 6: 7.25}[update] for update in updates}
+    assert {update: files[update].name for update in updates} == {
+        update: {4: "checkpoint_1_4.pt", 6: "checkpoint_last.pt"}[update] for update in updates
+    }
+
+
+def test_paths_that_fairseq_would_split(grid, tmp_path):
+    with pytest.raises(grid.RunError, match=r"l21:1\.5: fairseq takes : for the end of a path"):
+        grid.Run({"path": str(tmp_path)}, tmp_path / "l21:1.5")
+
+
+def test_results_that_cannot_be_collected(grid, output, monkeypatch, capsys):
+    monkeypatch.setenv(grid.TYPED, "grid.py")
+    foreign = output / "demo" / "dense"  # of experiment.py
+    foreign.mkdir(parents=True)
+    (foreign / "settings.json").write_text('{"train": []}')
+    (foreign / "result.json").write_text('{"run": "dense"}')
+    for result in output.rglob("seed-*/result.json"):
+        (result.parent / "settings.json").write_text('{"seed": 1}')
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(output)}}, "baselines": "base"})
+    watch = grid.Watch()
+    watch.on_multirun_end(config)
+    assert "| worse |" in capsys.readouterr().out
+    summary = json.loads((output / "results.json").read_text())
+    assert {entry["baseline"] for entry in summary["comparisons"]} == {"base"}
+    config.baselines = None
+    watch.on_multirun_end(config)
+    (output.parent / "data" / "raw" / "test.en").unlink()
+    config.baselines = ["base"]
+    with pytest.raises(SystemExit) as ended:
+        watch.on_multirun_end(config)
+    told = capsys.readouterr().err
+    assert ended.value.code == 1 and "grid.py: error: cannot collect the results: FileNot" in told
 
 
 def test_sentences_with_rare_words_and_long_ones(grid_results):
@@ -288,9 +377,11 @@ def test_a_grid_runs_resumes_and_tells_what_failed(tmp_path, prepared):
 
 
 def test_usage_and_a_missing_file(tmp_path):
+    (tmp_path / "mine.yml").touch()
     for words, status, told in (
         ([], 2, "python scripts/grid.py GRID.yaml"),
         (["absent.yaml"], 2, "absent.yaml: no such file"),
+        (["mine.yml"], 2, "mine.yml: Hydra reads *.yaml only; rename it"),
     ):
         command = [sys.executable, SCRIPTS / "grid.py", *words]
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

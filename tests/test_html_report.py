@@ -26,7 +26,7 @@ pytest.importorskip("matplotlib")
 JSON = """\
 2026-01-01 10:00:00 | INFO | fairseq_autosize.tasks._autosize | signature: prox:l21|seed:1
 2026-01-01 10:00:00 | INFO | fairseq_autosize.tasks._autosize | command: fairseq-train DATA --prox l21
-2026-01-01 10:00:01 | INFO | train_inner | {"epoch": 1, "loss": "9.5", "neurons_alive": "44", "neurons_pruned": "0", "ups": "2", "num_updates": "10"}
+2026-01-01 10:00:01 | INFO | train_inner | {"epoch": 1, "loss": "9.5", "neurons_alive": "44", "neurons_pruned": "0", "ups": "2", "num_updates": "10", "train_wall": "1"}
 2026-01-01 10:00:02 | INFO | fairseq_autosize.tasks._autosize | alive after update 20, layer by layer: encoder-ffn 12 3; decoder-ffn 10 0
 2026-01-01 10:00:02 | INFO | train_inner | {"epoch": 1, "loss": "8.5", "neurons_alive": "25", "neurons_pruned": "19", "ups": "4", "num_updates": "20"}
 2026-01-01 10:00:03 | INFO | valid | {"epoch": 1, "valid_loss": "8.25", "valid_ppl": null, "valid_num_updates": "20"}
@@ -214,6 +214,10 @@ def test_bleu_of_the_validation(folder, tmp_path):
     plots = {plot.name: plot.figure for plot in draw([read_run(folder), loss_only])}
     left = run.count["parameters"]["compact"] / 1e6
     assert curves(plots["size"]) == {"half": [(left, 20.84)]}
+    # Of several runs, all by what all have.
+    loss_only.count = run.count
+    both = {plot.name: plot.figure for plot in draw([read_run(folder), loss_only])}
+    assert curves(both["size"]) == {"half": [(left, 8.25)], "other": [(left, 8.25)]}
     assert plots["size"].axes[0].get_ylabel() == "last validation BLEU"
     assert not plots["size"].axes[0].yaxis_inverted()
     assert main(["report", str(folder), "--output", str(tmp_path / "report.html")]) == 0
@@ -376,7 +380,8 @@ def test_a_running_training_has_a_report(folder, tmp_path, capsys):
 def test_a_run_of_a_grid(folder, tmp_path):
     score = {"BLEU": {"score": 12.34, "signature": "tok:13a"}}
     score["rare"] = {"score": 10.0, "signature": "tok:13a", "lines": 7}
-    told = {"scores": {"flickr": score}, "tokens_per_second": {"flickr": 99.0, "valid": None}}
+    told = {"scores": {"valid": score, "flickr": score}}
+    told["tokens_per_second"] = {"valid": 7.0, "flickr": 99.0, "coco": None}
     (folder / "result.json").write_text(json.dumps(told))
     # The checkpoint that has these scores, not the last one.
     (folder / "checkpoint_last.pt").rename(folder / "checkpoint_selected.pt")
@@ -385,6 +390,17 @@ def test_a_run_of_a_grid(folder, tmp_path):
     text = (tmp_path / "report.html").read_text()
     assert "BLEU (flickr)" in text and "12.3" in text and "flickr: BLEU tok:13a" in text
     assert "25 of 44" in text and "flickr: rare" not in text and "<td>99</td>" in text
+    plots = {plot.name: plot.figure for plot in draw([read_run(folder)])}
+    assert plots["size"].axes[0].get_ylabel() == "BLEU (flickr)", "the test set"
+
+
+def test_odd_names(folder, tmp_path):
+    """A link that leads nowhere, a folder, and what matplotlib takes for a formula."""
+    (folder / "latest.log").symlink_to("gone.log")
+    (folder / "old.log").mkdir()
+    runs = [f"x$^$={folder}", f"$y={folder}"]
+    assert main(["report", *runs, "--output", str(tmp_path / "report.html")]) == 0
+    assert "x$^$" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def prepared(tmp_path_factory):
     edit(root / "text" / "train.en", 3, " ")
     for lang in ("xa", "en"):
         extra = (root / "text" / f"test.{lang}").read_bytes().splitlines(keepends=True)[:7]
-        with gzip.open(root / "text" / f"test_more.{lang}.gz", "wb") as file:
+        with gzip.open(root / "text" / f"test.more.{lang}.gz", "wb") as file:
             file.writelines(extra)
     argv = ["own", "out/new", "--source", "text", *OWN, "--vocab-size", "300"]
     argv += ["--train-lines", "390"]
@@ -81,8 +81,8 @@ def test_counts_and_files(prepared):
     assert "dropped by the rule empty: 1" in output
     assert "kept: 399" in output
     record = json.loads((root / "out/new/prepare.json").read_text())
-    assert record["lines"] == {"train": 390, "valid": 20, "test": 30, "test_more": 7}
-    assert record["gen_subsets"] == {"test": "test", "test1": "test_more"}
+    assert record["lines"] == {"train": 390, "valid": 20, "test": 30, "test.more": 7}
+    assert record["gen_subsets"] == {"test": "test", "test1": "test.more"}
     raw = (root / "out/new/raw/test.en").read_bytes()
     assert raw == (root / "text/test.en").read_bytes()
     assert record["sha256"]["test.en"] == hashlib.sha256(raw).hexdigest()
@@ -105,7 +105,7 @@ def test_one_dictionary_covers_train_and_detokenises(prepared):
     binary = prepared[0] / "out/new/data-bin"
     assert (binary / "dict.xa.txt").read_bytes() == (binary / "dict.en.txt").read_bytes()
     dictionary = Dictionary.load(str(binary / "dict.en.txt"))
-    for split, subset in (("train", "train"), ("test", "test"), ("test_more", "test1")):
+    for split, subset in (("train", "train"), ("test", "test"), ("test.more", "test1")):
         for lang in ("xa", "en"):
             data = data_utils.load_indexed_dataset(f"{binary}/{subset}.xa-en.{lang}", dictionary)
             raw = (prepared[0] / f"out/new/raw/{split}.{lang}").read_text().splitlines()
@@ -129,7 +129,7 @@ def test_printed_options_are_for_this_data(prepared):
     assert f"--user-dir {ROOT}/fairseq_autosize --required-batch-size-multiple 1" in generate[0]
     assert "--remove-bpe sentencepiece" in generate[0]
     assert "--gen-subset test1" in generate[1]
-    assert "sacrebleu out/new/raw/test_more.en" in output
+    assert "sacrebleu out/new/raw/test.more.en" in output
 
 
 @pytest.mark.heavy
