@@ -9,16 +9,16 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
-from . import compat  # noqa: F401 - lets torch.load read fairseq's checkpoints weights-only
+from . import compat  # lets torch.load read fairseq's checkpoints weights-only
 
-_fairseq = importlib.util.find_spec("fairseq")
-if _fairseq is not None and _fairseq.origin is not None:  # a folder of that name is no fairseq
+if compat.has_fairseq():
     # Once this package is in sys.modules, fairseq does not look for these any more.
     from . import models, tasks  # noqa: F401
 
     # `--user-dir fairseq_autosize` from another directory finds an installed package as
     # ".../fairseq/../fairseq_autosize", and fairseq then looks for just this spelling in
     # __path__ if the package is already imported.
-    _spelled = Path(_fairseq.origin).parent / ".." / "fairseq_autosize"
+    _fairseq = Path(importlib.util.find_spec("fairseq").origin)
+    _spelled = _fairseq.parent / ".." / "fairseq_autosize"
     if _spelled.is_dir() and _spelled.samefile(Path(__file__).parent):
         __path__.append(str(_spelled))

@@ -67,6 +67,12 @@ def fairseq_version() -> str | None:
     return _installed_version("fairseq-fixed") or _installed_version("fairseq")
 
 
+def has_fairseq() -> bool:
+    """Whether fairseq is installed, without importing it; a mere folder of that name is none."""
+    spec = importlib.util.find_spec("fairseq")
+    return spec is not None and spec.origin is not None
+
+
 def require_fairseq() -> None:
     """Check that a fairseq is installed that works with this Python.
 
@@ -74,7 +80,7 @@ def require_fairseq() -> None:
         ImportError: fairseq is absent, or it is the release 0.12.2 (or older) on Python 3.11 or
             newer, whose import fails. The message says what to install.
     """
-    if importlib.util.find_spec("fairseq") is None:
+    if not has_fairseq():
         raise ImportError(f"fairseq is not installed; install it with: {INSTALL_FAIRSEQ}")
     release = _installed_version("fairseq")
     if (
@@ -209,7 +215,7 @@ def _register() -> None:
         safe += _numpy_globals()
     if importlib.util.find_spec("omegaconf") is not None:
         safe += _omegaconf_globals()
-    if importlib.util.find_spec("fairseq") is not None:
+    if has_fairseq():
         require_fairseq()
         safe += _fairseq_globals()
     torch.serialization.add_safe_globals(safe)

@@ -175,6 +175,8 @@ class ProximalOptimizer:
         if self.goals and self._frozen_at - update_num <= 1:
             self._cut()
             return
+        if not all(groups.has_metric() for groups in self._groups):
+            return
         for pool in self._pools:
             parts = [batch.parts() for batch in pool.batches]
             if pool.goal is not None:
@@ -320,6 +322,16 @@ class _Groups:
             weight.device,
             *((part.part.dim, part.grouped().shape[1:]) for part in self.members),
         )
+
+    def has_metric(self) -> bool:
+        """Whether steps can be taken; in Adam's metric not before Adam has stepped on all members.
+
+        It does so when they get their first gradient; a layer that LayerDrop left out has none.
+        """
+        inner = self.optimizer.optimizer
+        if not self.adam or not getattr(inner, "state", None):  # without any it is no Adam
+            return True
+        return all(inner.state.get(part.master.owner) for part in self.members)
 
     def _joined(self) -> tuple[Tensor, Tensor | None]:
         """A matrix with a row a group and, if rows of a weight have a bias, that.

@@ -97,6 +97,7 @@ def _parse(arguments: Sequence[str], epochs: int) -> Namespace:
     parser.add_argument("--max-epoch", type=int, default=0)
     parser.add_argument("--max-update", type=int, default=0)
     parser.add_argument("--patience", type=int, default=-1)
+    parser.add_argument("--lr-scheduler")
     parser.add_argument("--save-interval", type=int, default=1)
     for flag in (*_NEEDED_IN_CHECKPOINTS, *_RESETS):
         parser.add_argument(flag, action="store_true")
@@ -116,6 +117,11 @@ def _parse(arguments: Sequence[str], epochs: int) -> Namespace:
         raise StageError(
             f"--patience {own.patience}: fairseq begins to count anew in every stage, so that it "
             "would not end the training; drop it, and give --max-update or --max-epoch"
+        )
+    if own.lr_scheduler == "reduce_lr_on_plateau":
+        raise StageError(
+            "--lr-scheduler reduce_lr_on_plateau: fairseq begins to wait anew in every stage, so "
+            "that the learning rate would never fall; choose a schedule by updates"
         )
     if epochs % own.save_interval:
         raise StageError(

@@ -52,7 +52,10 @@ TAIL = """
 - **`--best-checkpoint-metric loss_after_freeze`**, or **`bleu_after_freeze`** with `--eval-bleu`
   and `--maximize-best-checkpoint-metric`: the validation loss or BLEU, from the freeze on; the best
   checkpoint is then one of the final size, and `--patience` counts from there. Both need a target
-  or `--prox-freeze-update`.
+  or `--prox-freeze-update`, and do not go with `--lr-scheduler reduce_lr_on_plateau`. A run that
+  goes on from a checkpoint with another metric needs `--reset-meters` once.
+- **Going on from a checkpoint with other `--prox` options.** They count from there on; where they
+  say something else of the target or the freeze, the old freeze does not count any more.
 - **`--weight-decay`** shrinks all weights by a factor; it neither kills a neuron by itself nor
   revives one.
 - **`--dropout`, `--activation-dropout`** are independent of the prox. **`--encoder-layerdrop`,

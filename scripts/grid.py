@@ -257,7 +257,8 @@ class Run:
             if not (self.folder / "pruned.json").exists():
                 train({"max-update": prune["update"]})
                 commands.append(self._prune(prune))
-            train({"prox": "l21", "prox-strength": 0, "prox-freeze-update": prune["update"]})
+            held = {"prox": "l21", "prox-strength": 0, "prox-freeze-update": prune["update"]}
+            train(held | {"reset-meters": True})  # the best value is of an unpruned model
         else:
             train({})
         return {

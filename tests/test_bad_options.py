@@ -69,6 +69,10 @@ COMMAND_LINES = {
     "--prox l21 --prox-freeze-update 1 --best-checkpoint-metric bleu_after_freeze --eval-bleu": (
         "--best-checkpoint-metric bleu_after_freeze needs --maximize-best-checkpoint-metric"
     ),
+    "--prox l21 --prox-freeze-update 1 --best-checkpoint-metric loss_after_freeze "
+    "--lr-scheduler reduce_lr_on_plateau": (
+        "loss_after_freeze does not go with --lr-scheduler reduce_lr_on_plateau, which would see no"
+    ),
     "--prox l21 --arch lstm": "error: --prox-groups ffn: LSTMModel has no layer encoder.layers.N",
     "--prox l21 --use-bmuf": "error: --prox does not work with --use-bmuf: its block momentum",
     "--prox l21 --bf16": "error: --prox does not work with --bf16 on fairseq-train's command line",

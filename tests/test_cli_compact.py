@@ -133,6 +133,10 @@ def test_average_and_its_errors(saved, tmp_path, capsys):
         (["data", "--arch", "t", "--max-epoch", "4", "--save-interval", "2"], "--save-interval 2:"),
         (["data", "--arch", "t", "--max-epoch", "4", "--patience", "5"], "--patience 5: fairseq"),
         (
+            ["data", "--arch", "t", "--max-epoch", "4", "--lr-scheduler", "reduce_lr_on_plateau"],
+            "--lr-scheduler reduce_lr_on_plateau: fairseq begins to wait anew",
+        ),
+        (
             ["data", "--arch", "t", "--max-epoch", "4", "--restore-file", "old.pt"],
             "--restore-file old.pt: the stages count their epochs from a training's start",
         ),

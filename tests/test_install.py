@@ -63,15 +63,21 @@ def test_package_imported_before_fairseq_sees_the_user_dir(user_dir, site, corpu
     assert "signature: prox:l21" in result.stdout + result.stderr, result.stderr[-3000:]
 
 
-@pytest.fixture
-def without_fairseq(tmp_path: Path) -> str:
-    """Code to put first: it hides fairseq from the imports of a process."""
+@pytest.fixture(params=["nothing", "folder"])
+def without_fairseq(request: pytest.FixtureRequest) -> str:
+    """Code to put first: it hides fairseq from the imports of a process.
+
+    In its place is nothing, or a folder of that name, such as a clone of its repository.
+    """
+    found = {"nothing": "None", "folder": "ModuleSpec(name, None, is_package=True)"}
     return (
         "import sys\n"
+        "from importlib.machinery import ModuleSpec\n"
         "class Hide:\n"
         "    def __init__(self, finder): self.finder = finder\n"
         "    def __getattr__(self, name): return getattr(self.finder, name)\n"
         "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == 'fairseq': return {found[request.param]}\n"
         "        if name.partition('.')[0] in ('fairseq', 'fairseq_cli'): return None\n"
         "        return self.finder.find_spec(name, path, target)\n"
         "sys.meta_path = [Hide(finder) for finder in sys.meta_path]\n"

@@ -198,6 +198,7 @@ def test_without_a_threshold_training_is_stock_training(options, stock, corpus, 
         [],
         # With a scale window that ends a few times, and a scale that overflows at first.
         ["--fp16", "--fp16-no-flatten-grads", "--fp16-scale-window", "7"],
+        ["--update-ordered-indices-seed"],
     ],
 )
 def test_interrupted_training_equals_uninterrupted(options, corpus, run, tmp_path):

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY_MODEL, TINY_TRAINING, USER_DIR, Runner
 from programs import run_program
 from step_checker import TESTS, checked
@@ -200,6 +201,30 @@ def test_interrupted_amp_equals_uninterrupted(corpus, run, tmp_path):
     _, entry = task_entry(read_checkpoint(parts))
     scaler = entry["prox_precision"]["scaler"]
     assert 0 < scaler["scale"] < 1e38 and 0 < scaler["_growth_tracker"] < 7
+
+
+def test_an_overflow_at_once_after_a_restart_loses_no_masters(corpus, run, tmp_path):
+    """fairseq then writes the checkpoint that it has begun with once more."""
+    train = (*TRAIN, corpus, *FP16.split(), "--fp16-no-flatten-grads", "--save-dir", tmp_path)
+    train += ("--save-interval-updates", "10", "--max-update")
+    run(*train, "10", first=NO_CUDA)
+    (saved,) = tmp_path.glob("checkpoint_*_10.pt")
+    _, before = task_entry(read_checkpoint(saved))
+    written = saved.stat().st_mtime_ns
+    overflow = (
+        "from fairseq.trainer import Trainer\n"
+        "clip = Trainer.clip_grad_norm\n"
+        "def overflow(self, limit):\n"
+        "    Trainer.clip_grad_norm = clip\n"
+        "    raise OverflowError('made up')\n"
+        "Trainer.clip_grad_norm = overflow\n"
+    )
+    run(*train, "11", first=NO_CUDA + overflow)
+    assert saved.stat().st_mtime_ns > written
+    _, after = task_entry(read_checkpoint(saved))
+    assert before["prox_precision"].keys() == after["prox_precision"].keys()
+    for one, other in zip(*(x["prox_precision"]["masters"] for x in (before, after)), strict=True):
+        assert torch.equal(one, other)
 
 
 # What a user might write: the prox on the model's own, half-precision parameters.

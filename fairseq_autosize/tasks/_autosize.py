@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from fairseq import checkpoint_utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf, gen_parser_from_dataclass
 from fairseq.logging import metrics
 from fairseq.logging.meters import MetersDict
@@ -53,9 +54,9 @@ _OPTIONS = tuple(f.name for f in fields(AutosizeConfig) if f.name.startswith("pr
 
 # For --best-checkpoint-metric: what fairseq measures, of a model that has its final size. Before
 # the freeze it is a number worse than any, which gets better with every update, so that --patience
-# does not lose patience.
+# does not lose patience. None is negative: --keep-best-checkpoints would not find its files again.
 AFTER_FREEZE = MappingProxyType({"loss_after_freeze": "loss", "bleu_after_freeze": "bleu"})
-WORST = 1e9
+WORST_LOSS, WORST_BLEU = 1e9, 1e-9
 
 
 class AutosizeMixin(FairseqTask):
@@ -78,6 +79,7 @@ class AutosizeMixin(FairseqTask):
     _update_num: int = 0
     _nothing_left: bool = False  # as compaction leaves a model in which all are dead
     _best_metric: str | None = None  # one of AFTER_FREEZE, in a training that asks for it
+    _restored_optimizer: FairseqOptimizer | None = None  # whose half precision was restored
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         tell_errors_in_one_line()
@@ -140,6 +142,23 @@ class AutosizeMixin(FairseqTask):
         if bleu != root.checkpoint.maximize_best_checkpoint_metric:
             must = "needs" if bleu else "does not go with"
             raise ConfigError(f"{flag} {must} --maximize-best-checkpoint-metric")
+        if root.lr_scheduler._name == "reduce_lr_on_plateau":
+            raise ConfigError(
+                f"{flag} does not go with --lr-scheduler reduce_lr_on_plateau, which would see no "
+                "plateau before the freeze; take the best checkpoint by another metric"
+            )
+
+    def _check_best_value(self) -> None:
+        """Refuse to go on with the best value of another metric, which a checkpoint does not name.
+
+        fairseq would keep an unpruned model's checkpoint_best.pt for it.
+        """
+        best = getattr(checkpoint_utils.save_checkpoint, "best", None)
+        if best is not None and self._restored.get("prox_best_metric") != self._best_metric:
+            raise ConfigError(
+                f"--best-checkpoint-metric {self._best_metric}: the best value so far, {best:g}, "
+                "is of another metric; add --reset-meters once, so that fairseq forgets it"
+            )
 
     def _is_set(self, option: str) -> bool:
         """Whether an option of the `--prox*` block has another value than its default."""
@@ -159,6 +178,9 @@ class AutosizeMixin(FairseqTask):
         resumed = epoch > 1 and kept and dataset not in self.dataset_to_epoch_iter
         if self.settings.prox == "none" or not resumed:
             return super().get_batch_iterator(dataset, **options)
+        root = self._whole_config
+        if root is not None and root.dataset.update_ordered_indices_seed:
+            options["seed"] -= epoch - 1  # to which fairseq has added the epoch
         iterator = super().get_batch_iterator(dataset, **{**options, "epoch": 1})
         iterator.epoch = epoch
         return iterator
@@ -204,6 +226,7 @@ class AutosizeMixin(FairseqTask):
             reset = root is not None and root.checkpoint.reset_optimizer
             if self.settings.prox != "none" and not reset:
                 restore_precision(optimizer, self._restored["prox_precision"])
+                self._restored_optimizer = optimizer
             # From now on they are out of date.
             self._restored = {k: v for k, v in self._restored.items() if k != "prox_precision"}
         held = {} if ema_model is None or self._proximal is None else self._proximal.held()
@@ -234,11 +257,14 @@ class AutosizeMixin(FairseqTask):
         frozen = self._nothing_left or (
             self._proximal is not None and self._proximal.is_frozen(self._update_num)
         )
+        if measured == "loss":
+            found = meters.get_smoothed_value(measured)
+            return found if frozen else WORST_LOSS / (1 + self._update_num)
         if not frozen:
-            worst = -WORST if measured == "bleu" else WORST
-            return worst / (1 + self._update_num)
+            return WORST_BLEU * self._update_num / (1 + self._update_num)
         # fairseq tells no BLEU of translations that are all empty.
-        return meters.get_smoothed_value(measured) if measured in meters else 0.0
+        found = meters.get_smoothed_value(measured) if measured in meters else 0.0
+        return max(found, WORST_BLEU)
 
     @torch.no_grad()
     def _zero(self, model: nn.Module, held: Mapping[str, torch.Tensor]) -> None:
@@ -261,14 +287,22 @@ class AutosizeMixin(FairseqTask):
     def get_checkpoint_dict(self) -> dict[str, Any]:
         """State for the checkpoint's extra_state; fairseq looks it up under the class' name."""
         if self._proximal is None:
-            return {type(self).__name__: dict(self._restored)} if self._restored else {}
+            state = dict(self._restored)
+            # A checkpoint before the first step, such as after an overflow.
+            optimizer = self._restored_optimizer
+            if optimizer is not None and (precision := precision_state(optimizer)):
+                state["prox_precision"] = precision
+            return {type(self).__name__: state} if state else {}
         counts, parameters = self._totals
         state = {
             "prox_groups": ",".join(self.settings.groups),
             "prox_counts_before": dict(counts),
             "prox_parameters_before": parameters,
+            "prox_freeze_asked": self._asked_freeze,
             **self._proximal.state(),
         }
+        if self._best_metric is not None:
+            state["prox_best_metric"] = self._best_metric
         if precision := precision_state(self._proximal.optimizer):
             state["prox_precision"] = precision
         if self._strength is not None:
@@ -277,7 +311,23 @@ class AutosizeMixin(FairseqTask):
 
     def set_checkpoint_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `get_checkpoint_dict` gave; fairseq calls it when a run is resumed."""
+        same = state.get("prox_freeze_asked", self._asked_freeze) == self._asked_freeze
+        if self.settings.prox != "none" and "prox_frozen_at" in state and not same:
+            logger.info(
+                "the checkpoint's freeze, at update %d, was asked for by other options; it does "
+                "not count any more",
+                state["prox_frozen_at"],
+            )
+            of_freeze = ("prox_frozen_at", "prox_quiet_updates", "prox_died")
+            state = {name: value for name, value in state.items() if name not in of_freeze}
         self._restored = state
+
+    @property
+    def _asked_freeze(self) -> str:
+        """What the options say of a freeze and of what is to be dead by then."""
+        names = ("prox_groups", "prox_target_sparsity", "prox_target_parameters")
+        names += ("prox_target_scope", "prox_freeze_update")
+        return " ".join(str(getattr(self._task_config, name)) for name in names)
 
     @property
     def _max_update(self) -> int:
@@ -338,8 +388,11 @@ class AutosizeMixin(FairseqTask):
             )
         if proximal.frozen_blocks:
             logger.warning("frozen, so not auto-sized: %s", ", ".join(proximal.frozen_blocks))
-        if self._proximal is None and update_num and not self._restored:
-            self._tell_what_was_reset()
+        if self._proximal is None and update_num:
+            if not self._restored:
+                self._tell_what_was_reset()
+            if self._best_metric is not None:
+                self._check_best_value()
         proximal.restore(self._restored if self._proximal is None else self._proximal.state())
         if goals := self._goals(proximal.blocks, model):
             proximal.aim_at(goals)

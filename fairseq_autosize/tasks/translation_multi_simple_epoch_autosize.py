@@ -15,5 +15,5 @@ class TranslationMultiSimpleEpochAutosizeTask(LegacyAutosizeMixin, TranslationMu
     """
 
     def can_reuse_epoch_itr(self, dataset: Any) -> bool:
-        """Never: each epoch samples anew, with a seed made of its number."""
-        return False
+        """With RoundRobin. Otherwise each epoch samples anew, with a seed made of its number."""
+        return self.args.sampling_method == "RoundRobin"
