@@ -122,10 +122,10 @@ class AutosizeConfig(FairseqDataclass):
     prox_freeze_update: Optional[str] = field(  # noqa: UP045
         default=None,
         metadata={
-            "help": "number of updates (> --prox-start-update) after which nothing is shrunk any "
-            "more: dead neurons stay exactly zero, and the others are refitted. 'auto': once the "
-            "dead have been the same for --prox-freeze-patience updates. Default: never; with a "
-            f"target {DEFAULT_FREEZE:.0%} of --max-update"
+            "help": "number of updates (> --prox-start-update), or share of --max-update "
+            "(0 < F < 1), after which nothing is shrunk any more: dead neurons stay exactly zero, "
+            "and the others are refitted. 'auto': once the dead have been the same for "
+            f"--prox-freeze-patience updates. Default: never; with a target {DEFAULT_FREEZE}"
         },
     )
     prox_freeze_patience: int = field(
@@ -163,7 +163,8 @@ class Settings:
         target_sparsity: share of the groups to be dead at the freeze, or None.
         target_parameters: share of all parameters to be gone by compaction then, or None.
         target_by_layer: whether every layer is to lose the same share.
-        freeze_update: updates before the freeze; None for the default, ``auto`` excluded.
+        freeze_update: updates before the freeze, if they were given as a number.
+        freeze_share: the same as a share of the training; with a target there is a default.
         patience: updates without a change before the freeze, with ``--prox-freeze-update auto``.
         couple: whether the column of fc2 belongs to the group.
         adam_metric: whether steps are taken in Adam's metric.
@@ -179,6 +180,7 @@ class Settings:
     target_parameters: float | None = None
     target_by_layer: bool = False
     freeze_update: int | None = None
+    freeze_share: float | None = None
     patience: int | None = None
     couple: bool = False
     adam_metric: bool = False
@@ -190,8 +192,8 @@ class Settings:
     @property
     def freezes(self) -> bool:
         """Whether there is to be a freeze, planned or once the dead have stayed the same."""
-        planned = self.has_target or self.freeze_update is not None
-        return self.prox != "none" and (planned or self.patience is not None)
+        asked = (self.freeze_update, self.freeze_share, self.patience)
+        return self.prox != "none" and any(value is not None for value in asked)
 
     @classmethod
     def from_config(cls, cfg: Any) -> "Settings":
@@ -225,7 +227,7 @@ class Settings:
         ):
             if share is not None:
                 _check_target(flag, share, cfg)
-        freeze, patience = _freeze(cfg)
+        freeze, share, patience = _freeze(cfg)
         settings = cls(
             prox=prox,
             strength=strength,
@@ -237,6 +239,7 @@ class Settings:
             target_parameters=cfg.prox_target_parameters,
             target_by_layer=cfg.prox_target_scope == "layer",
             freeze_update=freeze,
+            freeze_share=share,
             patience=patience,
             couple=bool(cfg.prox_couple),
             adam_metric=cfg.prox_metric == "adam",
@@ -255,46 +258,36 @@ class Settings:
         return settings
 
     def freeze_of(self, max_update: int) -> int | None:
-        """The freeze's update, if it is planned: the one given, or with a target the default's.
+        """The freeze's update, if it is planned.
 
         Args:
             max_update: the training's length; 0 if it is open.
 
         Raises:
-            ConfigError: a target without an end, or a start that is not before it.
+            ConfigError: a share of an open training, or a start that is not before the freeze.
         """
-        freeze = self.freeze_update
-        if not self.has_target:
-            return freeze
-        flag = self._target_flag()
-        if freeze is None:
-            if not max_update:
-                raise ConfigError(
-                    f"{flag}: by when? Give --prox-freeze-update, or --max-update, of which "
-                    f"{DEFAULT_FREEZE:.0%} is the default"
-                )
-            freeze = round(DEFAULT_FREEZE * max_update)
-            if freeze <= self.start_update:
-                raise ConfigError(
-                    f"--prox-start-update {self.start_update}: with {flag} shrinking ends after "
-                    f"{freeze} updates ({DEFAULT_FREEZE:.0%} of --max-update); start earlier, or "
-                    "give --prox-freeze-update"
-                )
+        if self.freeze_share is None:
+            return self.freeze_update
+        if not max_update:
+            raise ConfigError(
+                f"the freeze is to come after {self.freeze_share:g} of --max-update, which is not "
+                "given: give it, or --prox-freeze-update a number of updates"
+            )
+        freeze = round(self.freeze_share * max_update)
+        if freeze <= self.start_update:
+            raise ConfigError(
+                f"--prox-start-update {self.start_update}: shrinking ends after {freeze} updates "
+                f"({self.freeze_share:g} of --max-update); start earlier, or give "
+                "--prox-freeze-update"
+            )
         return freeze
-
-    def _target_flag(self) -> str:
-        name = "sparsity" if self.target_sparsity is not None else "parameters"
-        return f"--prox-target-{name} {getattr(self, f'target_{name}')}"
 
 
 def _step_size(text: str) -> float | None:
     if text == "schedule":
         return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
+    value = _number(text)
+    if not value > 0:
         raise ConfigError(
             f"--prox-step-size {text}: must be 'schedule' (the learning rate of each update) or a "
             "finite number > 0"
@@ -323,23 +316,42 @@ def _check_target(flag: str, share: float, cfg: Any) -> None:
             raise ConfigError(f"{flag} {share} does not go with {conflict}")
 
 
-def _freeze(cfg: Any) -> tuple[int | None, int | None]:
-    """(freeze update, patience); the second only with ``auto``."""
+def _freeze(cfg: Any) -> tuple[int | None, float | None, int | None]:
+    """(updates before the freeze, as a share of the training, patience), at most one not None."""
     text = cfg.prox_freeze_update
     if cfg.prox_freeze_patience < 1:
         raise ConfigError(
             f"--prox-freeze-patience {cfg.prox_freeze_patience}: must be a number of updates >= 1"
         )
-    if text is None or text == "auto":
-        return None, None if text is None else int(cfg.prox_freeze_patience)
+    if text is None:
+        targets = (cfg.prox_target_sparsity, cfg.prox_target_parameters)
+        has_target = any(target is not None for target in targets)
+        return None, DEFAULT_FREEZE if has_target else None, None
+    if text == "auto":
+        return None, None, int(cfg.prox_freeze_patience)
     if not str(text).isdecimal():
-        raise ConfigError(f"--prox-freeze-update {text}: must be a number of updates, or 'auto'")
+        share = _number(str(text))
+        if not 0 < share < 1:  # NaN too
+            raise ConfigError(
+                f"--prox-freeze-update {text}: must be a number of updates, a share of "
+                "--max-update between 0 and 1, or 'auto'"
+            )
+        return None, share, None
     if int(text) <= cfg.prox_start_update:
         raise ConfigError(
             f"--prox-freeze-update {text}: must come after --prox-start-update "
             f"{cfg.prox_start_update}"
         )
-    return int(text), None
+    return int(text), None, None
+
+
+def _number(text: str) -> float:
+    """A finite number, or NaN."""
+    try:
+        value = float(text)
+    except ValueError:
+        return math.nan
+    return value if math.isfinite(value) else math.nan
 
 
 def _groups(text: str) -> tuple[str, ...]:

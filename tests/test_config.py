@@ -68,6 +68,8 @@ def test_values_are_read():
         ({"prox_start_update": -1}, "--prox-start-update -1: must be a number of updates >= 0"),
         ({"prox_freeze_update": "soon"}, "--prox-freeze-update soon: must be a number of updates"),
         ({"prox_freeze_update": "-3"}, "--prox-freeze-update -3: must be"),
+        ({"prox_freeze_update": "1.5"}, "--prox-freeze-update 1.5: must be"),
+        ({"prox_freeze_update": "nan"}, "--prox-freeze-update nan: must be"),
         (
             {"prox_freeze_update": "5", "prox_start_update": 5},
             "--prox-freeze-update 5: must come after --prox-start-update 5",
@@ -250,7 +252,9 @@ def test_processes_of_torchrun_that_would_train_alone_are_refused(monkeypatch):
         ({}, 0, None),
         ({"prox_freeze_update": "7"}, 0, 7),
         ({"prox_freeze_update": "auto"}, 100, None),
+        ({"prox_freeze_update": "0.3"}, 50, 15),
         ({"prox_target_sparsity": 0.5}, 100, 60),
+        ({"prox_target_sparsity": 0.5, "prox_freeze_update": "0.3"}, 100, 30),
         ({"prox_target_sparsity": 0.5, "prox_freeze_update": "100"}, 100, 100),
         ({"prox_target_parameters": 0.5, "prox_freeze_update": "7"}, 0, 7),
     ],
@@ -262,7 +266,8 @@ def test_when_the_freeze_comes(options, max_update, freeze):
 @pytest.mark.parametrize(
     ("options", "max_update", "message"),
     [
-        ({}, 0, r"--prox-target-sparsity 0\.5: by when\? Give --prox-freeze-update, or --max-upd"),
+        ({}, 0, r"after 0\.6 of --max-update, which is not given: give it, or --prox-freeze-up"),
+        ({"prox_freeze_update": "0.3"}, 0, r"after 0\.3 of --max-update, which is not given"),
         ({"prox_start_update": 60}, 100, r"--prox-start-update 60: .* ends after 60 updates"),
     ],
 )

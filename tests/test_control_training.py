@@ -124,7 +124,9 @@ def test_layers_without_a_second_moment_yet(corpus, run, tmp_path):
     """LayerDrop: those that the first update drops have no gradient, and Adam no state of them."""
     train = (*TRAIN, corpus, "--prox", "l21", "--prox-metric", "adam", "--max-update", "30")
     drop = ("--encoder-layerdrop", "0.5", "--decoder-layerdrop", "0.5")
-    run(*train, *drop, "--prox-target-sparsity", "0.5", "--save-dir", tmp_path)
+    train += ("--prox-target-sparsity", "0.5", "--prox-freeze-update", "0.4")
+    output = run(*train, *drop, "--save-dir", tmp_path).stdout
+    assert "48 of them dead after 12 updates" in output and "|freeze:12|" in output
     assert count_dead(tmp_path / "checkpoint_last.pt") == (48, 96)
 
 

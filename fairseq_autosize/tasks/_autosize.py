@@ -335,7 +335,7 @@ class AutosizeMixin(FairseqTask):
         return (root.optimization.max_update or 0) if root is not None else 0
 
     def _freeze_update(self) -> int | None:
-        """When the run freezes, if that is planned; a default stays what it was at the start."""
+        """When the run freezes, if that is planned; a share stays what it was at the start."""
         if self.settings.freeze_update is not None:
             return self.settings.freeze_update
         planned = self.settings.freeze_of(self._max_update)
@@ -555,7 +555,7 @@ class AutosizeMixin(FairseqTask):
     def _learning_rates(self) -> Iterator[float] | None:
         """The step sizes of updates 0, 1, ... as far as planned; None where no plan exists."""
         root = self._whole_config
-        horizon = self.settings.freeze_update or self._max_update or HORIZON
+        horizon = self._freeze_update() or self._max_update or HORIZON
         if self.settings.step_size is not None:
             return itertools.repeat(self.settings.step_size, horizon)
         if root is None or root.lr_scheduler._name not in PLANNED_SCHEDULES:
