@@ -24,6 +24,7 @@ import pickle
 import sys
 import typing
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -67,10 +68,13 @@ def fairseq_version() -> str | None:
     return _installed_version("fairseq-fixed") or _installed_version("fairseq")
 
 
-def has_fairseq() -> bool:
-    """Whether fairseq is installed, without importing it; a mere folder of that name is none."""
+def find_fairseq() -> Path | None:
+    """fairseq's ``__init__.py``, without importing it; None where there is none.
+
+    A mere folder of that name, such as a clone of the repository, is no fairseq.
+    """
     spec = importlib.util.find_spec("fairseq")
-    return spec is not None and spec.origin is not None
+    return None if spec is None or spec.origin is None else Path(spec.origin)
 
 
 def require_fairseq() -> None:
@@ -80,7 +84,7 @@ def require_fairseq() -> None:
         ImportError: fairseq is absent, or it is the release 0.12.2 (or older) on Python 3.11 or
             newer, whose import fails. The message says what to install.
     """
-    if not has_fairseq():
+    if find_fairseq() is None:
         raise ImportError(f"fairseq is not installed; install it with: {INSTALL_FAIRSEQ}")
     release = _installed_version("fairseq")
     if (
@@ -215,7 +219,7 @@ def _register() -> None:
         safe += _numpy_globals()
     if importlib.util.find_spec("omegaconf") is not None:
         safe += _omegaconf_globals()
-    if has_fairseq():
+    if find_fairseq() is not None:
         require_fairseq()
         safe += _fairseq_globals()
     torch.serialization.add_safe_globals(safe)

@@ -120,16 +120,13 @@ def _read_scores(run: Run, folder: Path) -> None:
     if result.exists():
         try:
             told = json.loads(result.read_text(encoding="utf-8"))
-            # scripts/grid.py has the validation set first.
-            for split in sorted(told["scores"], key=lambda split: split == "valid"):
-                scores = told["scores"][split]
+            for split, scores in _test_sets_first(told["scores"]):
                 run.scores[split] = _finite(scores["BLEU"]["score"])
                 whole = {n: s for n, s in scores.items() if "lines" not in s}  # not of a part
                 run.signatures += [f"{split}: {n} {s['signature']}" for n, s in whole.items()]
-            speeds = told.get("tokens_per_second", {})
-            for split in sorted(speeds, key=lambda split: split == "valid"):
-                if speeds[split] is not None:
-                    run.tokens_per_second[split] = _finite(speeds[split])
+            for split, speed in _test_sets_first(told.get("tokens_per_second", {})):
+                if speed is not None:
+                    run.tokens_per_second[split] = _finite(speed)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             run.problems.append(f"{run.name}: {result}: no scores as expected: {error!r}")
         return
@@ -150,6 +147,11 @@ def _read_scores(run: Run, folder: Path) -> None:
             if metric.startswith("BLEU"):
                 run.scores[split] = float(score)
                 run.signatures.append(f"{split}: {metric} {signature}".strip())
+
+
+def _test_sets_first(found: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What there is by data set; scripts/grid.py has the validation set first."""
+    return sorted(found.items(), key=lambda item: item[0] == "valid")
 
 
 def _finite(value: Any) -> float:
