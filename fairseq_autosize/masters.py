@@ -60,6 +60,11 @@ class Master:
         """
         # Not state[...]: it is a defaultdict, and an empty entry would end up in the checkpoint.
         state = getattr(optimizer, "state", {}).get(self.owner, {})
+        if not state and any(getattr(optimizer, "state", {}).values()):
+            raise TypeError(
+                "--prox-metric adam: a layer has had no gradient until the freeze (LayerDrop?), so "
+                "that Adam has no second moments of it; give a later --prox-freeze-update"
+            )
         moment = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))  # the first for AMSGrad
         if moment is None or moment.shape != self.owner.shape:
             raise TypeError(

@@ -111,6 +111,13 @@ def _check_threshold(
     return threshold.to(weight.device, _COMPUTE_DTYPE[weight.dtype])
 
 
+def _check(
+    weight: Tensor, threshold: Threshold, bias: Tensor | None, by_row: bool = False
+) -> Threshold:
+    _check_tensors(weight, bias, by_row)
+    return _check_threshold(threshold, weight, by_row)
+
+
 def _result(weight: Tensor, bias: Tensor | None) -> Result:
     return weight if bias is None else (weight, bias)
 
@@ -127,7 +134,7 @@ def _split(joined: Tensor, weight: Tensor, bias: Tensor | None) -> Result:
     """The inverse of `_join`, rounded to the dtype of the weight."""
     joined = joined.to(weight.dtype)
     if bias is None:
-        return joined.clone() if joined.data_ptr() == weight.data_ptr() else joined
+        return joined
     return joined[:, :-1].contiguous(), joined[:, -1].contiguous()
 
 
@@ -273,8 +280,7 @@ def _linf_levels(values: Tensor, t: Tensor) -> Tensor:
 @torch.no_grad()
 def prox_linf1_(weight: Tensor, threshold: Threshold, bias: Tensor | None = None) -> None:
     """`prox_linf1`, written into ``weight`` and ``bias``."""
-    _check_tensors(weight, bias, by_row=True)
-    thresholds = _per_row(_check_threshold(threshold, weight, by_row=True), weight)
+    thresholds = _per_row(_check(weight, threshold, bias, by_row=True), weight)
     rows, columns = weight.shape
     width = columns + (bias is not None)
     chunks = 1 if weight.device.type != "cpu" else max(1, round(rows * width / _CHUNK_ENTRIES))
@@ -336,7 +342,9 @@ def prox_linf1(weight: Tensor, threshold: Threshold, bias: Tensor | None = None)
 
 def penalty_l21(weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Σ_i ‖W_i‖₂, a tensor without dimensions."""
-    return dual_norm_l21(weight, bias).sum()
+    _check_tensors(weight, bias, by_row=True)
+    # Not `dual_norm_l21`: the gradient of hypot at (0, 0) is NaN.
+    return torch.linalg.vector_norm(_join(weight, bias), dim=1).sum()
 
 
 def penalty_linf1(weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -351,7 +359,6 @@ class Operator:
     """One group regulariser: what a training run needs to know of it.
 
     Attributes:
-        name: As it is given on the command line.
         prox_: (weight, threshold, bias=None) -> None, in place.
         penalty: (weight, bias=None) -> R(W), a tensor without dimensions.
         dual_norm: (weight, bias=None) -> (rows,); a row becomes zero iff this is ≤ threshold.
@@ -362,7 +369,6 @@ class Operator:
             different sizes compare after division by it.
     """
 
-    name: str
     prox_: Callable[..., None]
     penalty: Callable[..., Tensor]
     dual_norm: Callable[..., Tensor]
@@ -398,8 +404,7 @@ def prox_l1(weight: Tensor, threshold: Threshold, bias: Tensor | None = None) ->
 
     Entries with |w| ≤ t come back exactly 0.
     """
-    _check_tensors(weight, bias, by_row=False)
-    t = _check_threshold(threshold, weight, by_row=False)
+    t = _check(weight, threshold, bias)
     return _map(lambda x: _soft(x, t), weight, bias)
 
 
@@ -427,14 +432,16 @@ def penalty_l2(weight: Tensor, bias: Tensor | None = None) -> Tensor:
     norm = torch.linalg.vector_norm(weight, dtype=dtype)
     if bias is None:
         return norm
-    return torch.hypot(norm, torch.linalg.vector_norm(bias, dtype=dtype))
+    # Not hypot, whose gradient at (0, 0) is NaN.
+    return torch.linalg.vector_norm(
+        torch.stack((norm, torch.linalg.vector_norm(bias, dtype=dtype)))
+    )
 
 
 @torch.no_grad()
 def prox_squared_l2(weight: Tensor, threshold: Threshold, bias: Tensor | None = None) -> Result:
     """Solves argmin_X ½‖X − W‖² + t·½‖X‖²: w/(1 + t). Makes nothing zero."""
-    _check_tensors(weight, bias, by_row=False)
-    t = _check_threshold(threshold, weight, by_row=False)
+    t = _check(weight, threshold, bias)
     return _map(lambda x: x / (1 + t), weight, bias)
 
 
@@ -455,8 +462,7 @@ def prox_elastic_net(
         bias: Of shape ``weight.shape[:1]``.
         gamma: γ ≥ 0, the weight of the quadratic part.
     """
-    _check_tensors(weight, bias, by_row=False)
-    t = _check_threshold(threshold, weight, by_row=False)
+    t = _check(weight, threshold, bias)
     gamma = _check_number("gamma", gamma)
     return _map(lambda x: _soft(x, t) / (1 + t * gamma), weight, bias)
 
@@ -473,8 +479,7 @@ def prox_linf(weight: Tensor, threshold: Threshold, bias: Tensor | None = None) 
     All entries are cut at one level, see `prox_linf1`; exactly 0 where the sum of all absolute
     values is at most t.
     """
-    _check_tensors(weight, bias, by_row=False)
-    t = _check_threshold(threshold, weight, by_row=False)
+    t = _check(weight, threshold, bias)
     parts = [weight.detach().reshape(-1)] + ([] if bias is None else [bias.detach()])
     flat = torch.cat(parts)
     prox_linf1_(flat.unsqueeze(0), t)
@@ -510,8 +515,7 @@ def prox_sparse_group_lasso(
         bias: (rows,), one more column of the groups.
         mixing: m, from 0 (only l2,1) to 1 (only l1).
     """
-    _check_tensors(weight, bias, by_row=True)
-    t = _per_row(_check_threshold(threshold, weight, by_row=True), weight)
+    t = _per_row(_check(weight, threshold, bias, by_row=True), weight)
     mixing = _check_mixing(mixing)
     soft = _soft(_join(weight, bias), mixing * t.unsqueeze(1))
     scale = _shrinkage(torch.linalg.vector_norm(soft, dim=1), (1 - mixing) * t)
@@ -532,8 +536,7 @@ def prox_l0(weight: Tensor, threshold: Threshold, bias: Tensor | None = None) ->
 
     The other entries do not change. At |w| = √(2t) both are solutions; this gives 0.
     """
-    _check_tensors(weight, bias, by_row=False)
-    cut = (2 * _check_threshold(threshold, weight, by_row=False)) ** 0.5
+    cut = (2 * _check(weight, threshold, bias)) ** 0.5
     return _map(lambda x: torch.where(x.abs() <= cut, 0.0, x), weight, bias)
 
 
@@ -572,8 +575,7 @@ def prox_log_barrier(weight: Tensor, threshold: Threshold, bias: Tensor | None =
 
     Makes nothing zero for t > 0. At t = 0 it is the projection on X ≥ 0, its limit.
     """
-    _check_tensors(weight, bias, by_row=False)
-    t = _check_threshold(threshold, weight, by_row=False)
+    t = _check(weight, threshold, bias)
 
     def barrier(x: Tensor) -> Tensor:
         root = torch.hypot(x, torch.as_tensor(2 * t**0.5, dtype=x.dtype, device=x.device))
@@ -704,19 +706,14 @@ def _copy_and_apply_in_metric(
     bias: Tensor | None,
     bias_metric: Tensor | None,
 ) -> Result:
-    _check_tensors(weight, bias, by_row=True)
+    t = _per_row(_check(weight, threshold, bias, by_row=True), weight)
     _check_metric(weight, metric, bias, bias_metric)
-    t = _per_row(_check_threshold(threshold, weight, by_row=True), weight)
-    parts = [(weight, metric)]
     if bias is not None:
-        parts.append((bias.unsqueeze(1), bias_metric.unsqueeze(1)))
-    new = [x.detach().to(t.dtype, copy=True) for x, _ in parts]
-    filled = [i for i, x in enumerate(new) if x.numel()]
-    if filled:
-        metrics = [parts[i][1].detach().to(weight.device, t.dtype) for i in filled]
-        prox_([new[i] for i in filled], metrics, t)
-    new_weight, *new_bias = [x.to(weight.dtype) for x in new]
-    return _result(new_weight, new_bias[0].squeeze(1) if new_bias else None)
+        metric = torch.cat((metric, bias_metric.unsqueeze(1)), dim=1)
+    groups = _join(weight.detach(), bias).clone()
+    if groups.numel():
+        prox_([groups], [metric.detach().to(weight.device, t.dtype)], t)
+    return _split(groups, weight, bias)
 
 
 def _soft_in_metric_(parts: Sequence[Tensor], metrics: Sequence[Tensor], t: Tensor) -> None:
@@ -866,6 +863,9 @@ def prox_l21_diagonal(
         threshold: t, a number or one per row.
         bias: (rows,), one more column of the groups.
         bias_metric: (rows,), d of the bias.
+
+    Where squares of w or of d/t underflow (t/d beyond 1e20·‖w‖ in float32), a row comes back tiny
+    instead of 0.
     """
     return _copy_and_apply_in_metric(
         prox_l21_diagonal_, weight, metric, threshold, bias, bias_metric
@@ -967,9 +967,8 @@ def prox_linf1_diagonal(
     )
 
 
-OPERATORS = {
+OPERATORS = {  # by their names on the command line
     "l21": Operator(
-        "l21",
         prox_l21_,
         penalty_l21,
         dual_norm_l21,
@@ -978,7 +977,6 @@ OPERATORS = {
         0.5,
     ),
     "linf1": Operator(
-        "linf1",
         prox_linf1_,
         penalty_linf1,
         dual_norm_linf1,

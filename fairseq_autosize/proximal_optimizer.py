@@ -17,8 +17,9 @@ from .strength import Goal, Plan, threshold_toward
 
 logger = logging.getLogger(__name__)
 
-# Masters, and what Adam divided by, in parts of shape (groups, ...); None for the plain metric.
-_Parts = tuple[list[Tensor], list[Tensor]] | None
+# A row a group and maybe a bias; and masters with what Adam divided by, in parts (groups, ...).
+_Rows = tuple[Tensor, Tensor | None]
+_Parts = tuple[list[Tensor], list[Tensor]]
 
 # Small blocks are stepped together up to so many entries: alone they cost mostly calls, and where
 # they are large a copy of them costs more than these.
@@ -99,10 +100,8 @@ class ProximalOptimizer:
         }
         self.blocks = [block for block in blocks if own[block.name]]
         self.frozen_blocks = [block.name for block in blocks if block.count and not own[block.name]]
-        self._groups = [
-            _Groups(block, masters, optimizer, operator, shape) for block in self.blocks
-        ]
-        self._pools = [_Pool(None, self._groups)]
+        self._groups = [_Groups(block, masters, operator, shape) for block in self.blocks]
+        self._pools = [self._pool(None, self._groups)]
         self._dead = self._dead_masks() if plan.patience is not None else []
 
     @property
@@ -125,7 +124,13 @@ class ProximalOptimizer:
         if sizes not in ([len(self.blocks)], [1] * len(self.blocks)):
             raise ValueError(f"goals are for {sizes} blocks; there are {len(self.blocks)}")
         pools = [self._groups] if len(goals) == 1 else [[groups] for groups in self._groups]
-        self._pools = [_Pool(goal, pool) for goal, pool in zip(goals, pools, strict=True)]
+        self._pools = [self._pool(goal, pool) for goal, pool in zip(goals, pools, strict=True)]
+
+    def _pool(self, goal: Goal | None, blocks: Sequence["_Groups"]) -> "_Pool":
+        if not self.shape.adam:
+            return _Pool(goal, blocks, [_PlainBatch(groups, self.operator) for groups in blocks])
+        inner = self.optimizer.optimizer
+        return _Pool(goal, blocks, [_AdamBatch(x, self.operator, inner) for x in _alike(blocks)])
 
     def step(self, update_num: int) -> bool:
         """Step the inner optimizer, then take the proximal steps of update `update_num`.
@@ -175,13 +180,13 @@ class ProximalOptimizer:
         if self.goals and self._frozen_at - update_num <= 1:
             self._cut()
             return
-        if not all(groups.has_metric() for groups in self._groups):
+        if self.shape.adam and not self._has_metric():
             return
         for pool in self._pools:
-            parts = [batch.parts() for batch in pool.batches]
+            loaded = [batch.load() for batch in pool.batches]
             if pool.goal is not None:
-                threshold = threshold_toward(pool.last_norm(parts), self._frozen_at - update_num)
-            for batch, own in zip(pool.batches, parts, strict=True):
+                threshold = threshold_toward(pool.last_norm(loaded), self._frozen_at - update_num)
+            for batch, own in zip(pool.batches, loaded, strict=True):
                 if pool.goal is None:
                     threshold = self.plan.strength * self._step_size(batch.blocks[0])
                 batch.shrink(threshold, own)
@@ -189,6 +194,15 @@ class ProximalOptimizer:
         if self.goals:
             rate = max(self._rate(groups) or 0.0 for groups in self._groups)
             self.strength = self.threshold / rate if rate else None
+
+    def _has_metric(self) -> bool:
+        """Whether Adam has stepped on all members; it does when they get their first gradient.
+
+        A layer that LayerDrop has left out so far has none.
+        """
+        state = getattr(self.optimizer.optimizer, "state", None)
+        members = (part for groups in self._groups for part in groups.members)
+        return not state or all(state.get(x.master.owner) for x in members)  # without it no Adam
 
     def _rate(self, groups: "_Groups") -> float | None:
         # A composite optimizer has a generator here.
@@ -211,8 +225,9 @@ class ProximalOptimizer:
                 groups.zero(dead)
 
     def _freeze(self, update_num: int) -> None:
-        if self.goals and update_num > self._frozen_at:
-            # A run resumed beyond its freeze; where it got there by itself, nothing is left to cut.
+        if self.goals:
+            # A run resumed at or beyond its freeze, with another goal than before; where it got
+            # there by itself, nothing is left to cut.
             self._cut()
         self._held = [dead.nonzero().flatten() for dead in self._dead_masks()]
         logger.info(
@@ -258,7 +273,8 @@ class ProximalOptimizer:
     @torch.no_grad()
     def penalty(self) -> float:
         """The penalty R(W) summed over the layers, not multiplied by the strength."""
-        return sum(groups.penalty() for groups in self._groups)
+        penalty = self.operator.penalty
+        return sum(groups.scale * float(penalty(*groups.rows())) for groups in self._groups)
 
 
 @dataclass(frozen=True)
@@ -273,27 +289,24 @@ class _Part:
         return self.part.grouped(self.master.tensor, self.count)
 
 
-def _zero(parts: Sequence[_Part], groups: Tensor) -> None:
-    """Zero what these groups (int64 indices) have in each part."""
-    if len(groups):
-        for part in parts:
-            part.grouped().index_fill_(0, groups, 0)
+def _zero(parts: Sequence[_Part], chosen: Tensor) -> None:
+    """Zero what some groups, indices (int64) or a boolean for each, have in each part."""
+    if parts:
+        rows = chosen.nonzero().flatten() if chosen.dtype == torch.bool else chosen
+        if len(rows):
+            for part in parts:
+                part.grouped().index_fill_(0, rows, 0)
 
 
 class _Groups:
     """The groups of one block, on the masters."""
 
     def __init__(
-        self,
-        block: Block,
-        masters: Mapping[Any, Master],
-        optimizer: FairseqOptimizer,
-        operator: Operator,
-        shape: GroupShape,
+        self, block: Block, masters: Mapping[Any, Master], operator: Operator, shape: GroupShape
     ) -> None:
         groups = block.groups(bias=shape.bias, couple=shape.fc2)
         self.count = groups.count
-        self.members, self._followers = (
+        self.members, self.followers = (
             [
                 _Part(masters[part.parameter], part, groups.count)
                 for part in parts
@@ -306,15 +319,12 @@ class _Groups:
         # Groups of different sizes are shrunk in proportion to what random entries would add up
         # to; plain rows of fc1 by the threshold itself.
         self.scale = (self.entries / groups.count / groups.unit) ** operator.growth
-        weight, *others = self._masters()
-        self._plain = (
+        weight, *others = (part.master.tensor for part in self.members)
+        self.plain = (
             groups.members[0].dim == 0
             and weight.shape[0] == groups.count
             and all(tensor.dim() == 1 for tensor in others)
         )
-        self.optimizer = optimizer
-        self.operator = operator
-        self.adam = shape.adam
         # Blocks of which this is equal can take a step in Adam's metric as one.
         self.likeness = (
             self.group_index,
@@ -323,51 +333,23 @@ class _Groups:
             *((part.part.dim, part.grouped().shape[1:]) for part in self.members),
         )
 
-    def has_metric(self) -> bool:
-        """Whether steps can be taken; in Adam's metric not before Adam has stepped on all members.
-
-        It does so when they get their first gradient; a layer that LayerDrop left out has none.
-        """
-        inner = self.optimizer.optimizer
-        if not self.adam or not getattr(inner, "state", None):  # without any it is no Adam
-            return True
-        return all(inner.state.get(part.master.owner) for part in self.members)
-
-    def _joined(self) -> tuple[Tensor, Tensor | None]:
+    def rows(self) -> _Rows:
         """A matrix with a row a group and, if rows of a weight have a bias, that.
 
         Returns:
             The masters themselves where they are rows and a bias; else a copy, without a bias.
         """
-        if self._plain:
-            weight, *bias = self._masters()
+        if self.plain:
+            weight, *bias = (part.master.tensor for part in self.members)
             return weight, bias[0] if bias else None
-        return torch.cat([part.reshape(self.count, -1) for part in self._parts()], dim=1), None
+        return torch.cat([part.grouped().flatten(1) for part in self.members], dim=1), None
 
-    def _masters(self) -> list[Tensor]:
-        return [part.master.tensor for part in self.members]
-
-    def _parts(self) -> list[Tensor]:
-        """Views of the masters, of shape (groups, ...)."""
-        return [part.grouped() for part in self.members]
-
-    def dual_norms(self) -> Tensor:
-        """What is compared with the threshold in the plain metric; shape (groups,)."""
-        weight, bias = self._joined()
-        return self.operator.dual_norm(weight, bias=bias) / self.scale
-
-    def penalty(self) -> float:
-        """The penalty, weighted as the thresholds are."""
-        return self.scale * float(self.operator.penalty(*self._joined()))
-
-    @torch.no_grad()
-    def shrink(self, threshold: float) -> None:
-        """Take the proximal step in the plain metric."""
-        weight, bias = self._joined()
-        self.operator.prox_(weight, threshold * self.scale, bias=bias)
-        if not self._plain:
-            self._write(weight)
-        self.after_step(~weight.any(dim=1) if self._followers else None)
+    def write(self, rows: Tensor) -> None:
+        """Write a matrix with a row a group, all its entries, into the masters."""
+        parts = [part.grouped() for part in self.members]
+        pieces = rows.split([part[0].numel() for part in parts], dim=1)
+        for part, piece in zip(parts, pieces, strict=True):
+            part.copy_(piece.view(part.shape))
 
     def after_step(self, dead: Tensor | None) -> None:
         """What follows a step on the masters: what belongs to dead groups besides, and the model.
@@ -376,107 +358,104 @@ class _Groups:
             dead: boolean, shape (groups,); None where nothing follows.
         """
         # Where v is zero, q and k are no longer used; they do not count as alive.
-        if self._followers:
-            _zero(self._followers, dead.nonzero().flatten())
+        _zero(self.followers, dead)
         self._copy_back()
-
-    def _write(self, joined: Tensor) -> None:
-        start = 0
-        for part in self.members:
-            grouped = part.grouped()
-            width = grouped[0].numel()
-            grouped.copy_(joined[:, start : start + width].reshape(grouped.shape))
-            start += width
 
     @torch.no_grad()
     def zero(self, chosen: Tensor) -> None:
-        """Make some groups exactly zero.
-
-        Args:
-            chosen: indices of groups (int64), or a boolean for each.
-        """
-        rows = chosen.nonzero().flatten() if chosen.dtype == torch.bool else chosen
-        _zero((*self.members, *self._followers), rows)
+        """Make some groups, indices (int64) or a boolean for each, exactly zero."""
+        _zero((*self.members, *self.followers), chosen)
         self._copy_back()
 
     def dead(self) -> Tensor:
         """Which groups are zero, all entries of them; shape (groups,)."""
-        weight, bias = self._joined()
+        weight, bias = self.rows()
         alive = (weight != 0).any(dim=1)
         return ~(alive if bias is None else alive | (bias != 0))
 
     def _copy_back(self) -> None:
-        for part in (*self.members, *self._followers):
+        for part in (*self.members, *self.followers):
             part.master.copy_back()
 
 
-class _Batch:
-    """Blocks that are alike and take a step in Adam's metric as one; in the plain one, by turns."""
+class _PlainBatch:
+    """Takes the steps of one block in the plain metric."""
 
-    def __init__(self, blocks: Sequence[_Groups]) -> None:
+    def __init__(self, groups: _Groups, operator: Operator) -> None:
+        self.blocks = [groups]
+        self._groups = groups
+        self._operator = operator
+
+    def load(self) -> _Rows:
+        """What the methods take; good as long as the masters do not change."""
+        return self._groups.rows()
+
+    def dual_norms(self, rows: _Rows) -> Sequence[Tensor]:
+        """What is compared with the threshold; for each block, shape (groups,)."""
+        return [self._operator.dual_norm(*rows) / self._groups.scale]
+
+    def shrink(self, threshold: float, rows: _Rows) -> None:
+        """Take the proximal step; overwrites what was loaded."""
+        weight, bias = rows
+        self._operator.prox_(weight, threshold * self._groups.scale, bias=bias)
+        if not self._groups.plain:
+            self._groups.write(weight)
+        self._groups.after_step(~weight.any(dim=1) if self._groups.followers else None)
+
+
+class _AdamBatch:
+    """Takes the steps of blocks that are alike, as one, in Adam's metric."""
+
+    def __init__(
+        self, blocks: Sequence[_Groups], operator: Operator, inner: torch.optim.Optimizer
+    ) -> None:
         self.blocks = blocks
-        self.counts = [groups.count for groups in blocks]
+        self._operator = operator
+        self._inner = inner
+        self._scale = blocks[0].scale
+        self._counts = [groups.count for groups in blocks]
         # For each member its parts, one a block.
         self._members = list(zip(*(groups.members for groups in blocks), strict=True))
-        self._shapes = [part.grouped().shape[1:] for part in blocks[0].members]
 
-    def parts(self) -> _Parts:
-        """Views of the masters of one block, or a copy of those of several, with a row a group.
-
-        None for the plain metric.
-        """
-        if not self.blocks[0].adam:
-            return None
-        inner = self.blocks[0].optimizer.optimizer
+    def load(self) -> _Parts:
+        """Views of the masters of one block, or a copy of those of several, and the metric."""
         values, metrics = [], []
         for members in self._members:
             part = members[0].part
             masters = [member.master for member in members]
             value = joined([master.tensor for master in masters], part.dim)
-            metric = adam_metric(masters, inner, part.dim)
-            values.append(part.grouped(value, sum(self.counts)))
-            metrics.append(part.grouped(metric, sum(self.counts)))
+            metric = adam_metric(masters, self._inner, part.dim)
+            values.append(part.grouped(value, sum(self._counts)))
+            metrics.append(part.grouped(metric, sum(self._counts)))
         if len(self.blocks) > 1:  # small, so that each call costs more than its work
             values, metrics = ([torch.cat([x.flatten(1) for x in y], 1)] for y in (values, metrics))
         return values, metrics
 
     def dual_norms(self, parts: _Parts) -> Sequence[Tensor]:
-        """What is compared with the threshold; for each block, shape (groups,).
-
-        Args:
-            parts: from `parts()`.
-        """
-        if parts is None:
-            return [groups.dual_norms() for groups in self.blocks]
-        norms = self.blocks[0].operator.dual_norm_diagonal(*parts)
-        return (norms / self.blocks[0].scale).split(self.counts)
+        """As `_PlainBatch.dual_norms`."""
+        return (self._operator.dual_norm_diagonal(*parts) / self._scale).split(self._counts)
 
     def shrink(self, threshold: float, parts: _Parts) -> None:
-        """Take the proximal step.
-
-        Args:
-            parts: from `parts()`, since when the masters have not changed; overwritten.
-        """
-        if parts is None:
-            for groups in self.blocks:
-                groups.shrink(threshold)
-            return
-        first, *others = self.blocks
-        dead = first.operator.prox_diagonal_(*parts, threshold * first.scale)
-        if others:
-            widths = [shape.numel() for shape in self._shapes]
-            pieces = parts[0][0].split(widths, 1)
-            for members, shape, piece in zip(self._members, self._shapes, pieces, strict=True):
-                self._write(members, piece.unflatten(1, shape))
-        for groups, own in zip(self.blocks, dead.split(self.counts), strict=True):
+        """As `_PlainBatch.shrink`."""
+        dead = self._operator.prox_diagonal_(*parts, threshold * self._scale)
+        if len(self.blocks) > 1:
+            for groups, rows in zip(self.blocks, parts[0][0].split(self._counts), strict=True):
+                groups.write(rows)
+        for groups, own in zip(self.blocks, dead.split(self._counts), strict=True):
             groups.after_step(own)
 
-    def _write(self, members: Sequence[_Part], values: Tensor) -> None:
-        dim = members[0].part.dim
-        sizes = [member.master.tensor.shape[dim] for member in members]
-        pieces = values.flatten(0, 1).movedim(0, dim).split(sizes, dim)
-        for member, piece in zip(members, pieces, strict=True):
-            member.master.tensor.copy_(piece)
+
+def _alike(blocks: Sequence[_Groups]) -> list[list[_Groups]]:
+    """Small blocks that are alike together; the others alone."""
+    batches: list[list[_Groups]] = []
+    last: dict[Any, list[_Groups]] = {}  # of the batches with blocks like these
+    for groups in blocks:
+        batch = last.get(groups.likeness, [])
+        if not batch or sum(b.entries for b in batch) + groups.entries > _BATCH_ENTRIES:
+            batch = last[groups.likeness] = []
+            batches.append(batch)
+        batch.append(groups)
+    return batches
 
 
 class _Pool:
@@ -486,29 +465,26 @@ class _Pool:
         batches: the blocks, in another order.
     """
 
-    def __init__(self, goal: Goal | None, blocks: Sequence[_Groups]) -> None:
+    def __init__(
+        self,
+        goal: Goal | None,
+        blocks: Sequence[_Groups],
+        batches: Sequence[_PlainBatch | _AdamBatch],
+    ) -> None:
         self.goal = goal
         self.blocks = blocks
-        batches: list[list[_Groups]] = []
-        last: dict[Any, list[_Groups]] = {}  # of the batches with blocks like these
-        for groups in blocks:
-            batch = last.get(groups.likeness, [])
-            if not batch or sum(b.entries for b in batch) + groups.entries > _BATCH_ENTRIES:
-                batch = last[groups.likeness] = []
-                batches.append(batch)
-            batch.append(groups)
-        self.batches = [_Batch(batch) for batch in batches]
+        self.batches = batches
 
-    def dual_norms(self, parts: Sequence[_Parts] | None = None) -> Tensor:
+    def dual_norms(self, loaded: Sequence[_Rows | _Parts] | None = None) -> Tensor:
         """What is compared with the threshold, for every group; shape (groups,).
 
         Args:
-            parts: of the batches, if they are known.
+            loaded: by the batches, if it is there.
         """
-        if parts is None:
-            parts = [batch.parts() for batch in self.batches]
+        if loaded is None:
+            loaded = [batch.load() for batch in self.batches]
         norms = {}
-        for batch, own in zip(self.batches, parts, strict=True):
+        for batch, own in zip(self.batches, loaded, strict=True):
             norms.update(zip(batch.blocks, batch.dual_norms(own), strict=True))
         return torch.cat([norms[groups] for groups in self.blocks])
 
@@ -534,9 +510,9 @@ class _Pool:
             return 0
         return min(int((costs.cumsum(0) < self.goal.amount).sum()) + 1, len(costs))
 
-    def last_norm(self, parts: Sequence[_Parts]) -> float:
+    def last_norm(self, loaded: Sequence[_Rows | _Parts]) -> float:
         """The dual norm of the last group that has to die; 0 if none has to."""
-        norms = self.dual_norms(parts)
+        norms = self.dual_norms(loaded)
         if (number := self._same_number) is not None:
             return float(norms.kthvalue(number).values) if number else 0.0
         norms, order = norms.sort()

@@ -18,7 +18,8 @@ def default_strength(operator: str, columns: int) -> float:
 
     Args:
         operator: ``l21`` or ``linf1``.
-        columns: entries in one group, the bias included where it is part of the group.
+        columns: entries in one row, the bias included where it is part of the group. Groups with
+            more, such as heads, get thresholds in proportion.
 
     Returns:
         The strength, lambda >= 0.

@@ -260,12 +260,13 @@ def test_automatic_freeze_after_a_compaction_that_removed_the_dead(died):
     assert proximal.is_frozen(15) == died
 
 
-def test_resumed_beyond_the_freeze():
+@pytest.mark.parametrize("update", [5, 9])
+def test_resumed_at_or_beyond_the_freeze(update):
     """What is missing to the target is cut at once; what has been reached is left as it is."""
     model, optimizer = adam_model()
     proximal = controlled(model, optimizer, share=0.5, freeze=5)
     backward(model, optimizer, 0)
-    proximal.step(9)
+    proximal.step(update)
     assert dead_in(model) == 6
 
 

@@ -238,7 +238,6 @@ def test_in_place_keeps_storage_strides_and_dtype(name, layout, dtype):
 @pytest.mark.parametrize("name", prox.OPERATORS)
 def test_the_table_of_operators_is_consistent(name):
     operator = prox.OPERATORS[name]
-    assert operator.name == name
     weight, vector = random_weight((40, 17), torch.float32, True)
     norms = operator.dual_norm(weight, vector)
     assert norms.shape == (40,)
@@ -257,3 +256,13 @@ def test_half_types_are_rounded_once():
         half = case.prox(weight, 0.05, vector)
         full = case.prox(weight.float(), 0.05, vector.float())
         assert torch.equal(half[0], full[0].bfloat16()) and torch.equal(half[1], full[1].bfloat16())
+
+
+@pytest.mark.parametrize("name", ["l21", "linf1", "l1", "l2", "sparse_group_lasso"])
+def test_penalties_have_gradients_where_all_is_zero(name):
+    weight, bias = torch.randn(4, 3), torch.randn(4)
+    weight[1], bias[1] = 0, 0
+    for w, b in ((weight, bias), (torch.zeros(4, 3), torch.zeros(4))):
+        w, b = w.requires_grad_(), b.requires_grad_()
+        getattr(prox, f"penalty_{name}")(w, b).backward()
+        assert w.grad.isfinite().all() and b.grad.isfinite().all()
