@@ -22,9 +22,9 @@ SCOPES = ("model", "layer")
 # nothing else to it; lamb scales it by layer, and adafactor keeps sums over rows and columns.
 WITH_ADAM_METRIC = ("adam", "cpu_adam")
 
-# Part of the training after which a target is reached, where the user does not say when; the rest
-# is the refit. docs/results.md has runs with other shares, of one seed.
-DEFAULT_FREEZE = 0.6
+# Share of the updates after the warm-up when a target is reached, where the user does not say when;
+# the rest is the refit. docs/results.md has runs with other freezes.
+DEFAULT_FREEZE = 0.2
 
 
 _NO_MASTER = "it keeps no fp32 copy of the weights, so small shrinking is rounded away; use"
@@ -62,7 +62,7 @@ class AutosizeConfig(FairseqDataclass):
     prox: ChoiceEnum(PROX_CHOICES) = field(  # type: ignore[valid-type]
         default="none",
         metadata={
-            "help": "proximal operator applied to the rows of fc1 after every update: "
+            "help": "proximal operator applied to the groups, rows of fc1, after every update: "
             "l21 (sum of the rows' l2 norms), linf1 (sum of the rows' largest magnitudes), "
             "or none (plain fairseq)"
         },
@@ -101,7 +101,8 @@ class AutosizeConfig(FairseqDataclass):
         default=None,
         metadata={
             "help": "share of the groups, 0 < F < 1, that is to be dead at --prox-freeze-update; "
-            "sets the strength by itself, at every update"
+            "sets the strength by itself, at every update; needs --max-update, or "
+            "--prox-freeze-update as a number"
         },
     )
     prox_target_parameters: Optional[float] = field(  # noqa: UP045
@@ -125,7 +126,8 @@ class AutosizeConfig(FairseqDataclass):
             "help": "number of updates (> --prox-start-update), or share of --max-update "
             "(0 < F < 1), after which nothing is shrunk any more: dead neurons stay exactly zero, "
             "and the others are refitted. 'auto': once the dead have been the same for "
-            f"--prox-freeze-patience updates. Default: never; with a target {DEFAULT_FREEZE}"
+            "--prox-freeze-patience updates. Default: never; with a target, once the warm-up and "
+            f"{DEFAULT_FREEZE} of the updates from there to --max-update are over"
         },
     )
     prox_freeze_patience: int = field(
@@ -164,7 +166,7 @@ class Settings:
         target_parameters: share of all parameters to be gone by compaction then, or None.
         target_by_layer: whether every layer is to lose the same share.
         freeze_update: updates before the freeze, if they were given as a number.
-        freeze_share: the same as a share of the training; with a target there is a default.
+        freeze_share: the same as a share of the training.
         patience: updates without a change before the freeze, with ``--prox-freeze-update auto``.
         couple: whether the column of fc2 belongs to the group.
         adam_metric: whether steps are taken in Adam's metric.
@@ -193,7 +195,8 @@ class Settings:
     def freezes(self) -> bool:
         """Whether there is to be a freeze, planned or once the dead have stayed the same."""
         asked = (self.freeze_update, self.freeze_share, self.patience)
-        return self.prox != "none" and any(value is not None for value in asked)
+        planned = self.has_target or any(value is not None for value in asked)
+        return self.prox != "none" and planned
 
     @classmethod
     def from_config(cls, cfg: Any) -> "Settings":
@@ -257,28 +260,37 @@ class Settings:
             )
         return settings
 
-    def freeze_of(self, max_update: int) -> int | None:
+    def freeze_of(self, max_update: int, begin: int = 0) -> int | None:
         """The freeze's update, if it is planned.
 
         Args:
             max_update: the training's length; 0 if it is open.
+            begin: updates after which a target's default share counts: those of the warm-up, or
+                of a run that goes on.
 
         Raises:
             ConfigError: a share of an open training, or a start that is not before the freeze.
         """
-        if self.freeze_share is None:
+        if self.freeze_update is not None:
             return self.freeze_update
+        if self.freeze_share is None and not self.has_target:
+            return None
+        share = DEFAULT_FREEZE if self.freeze_share is None else self.freeze_share
         if not max_update:
             raise ConfigError(
-                f"the freeze is to come after {self.freeze_share:g} of --max-update, which is not "
+                f"the freeze is to come after {share:g} of the updates, and --max-update is not "
                 "given: give it, or --prox-freeze-update a number of updates"
             )
-        freeze = round(self.freeze_share * max_update)
+        begin = min(begin, max_update) if self.freeze_share is None else 0
+        freeze = begin + round(share * (max_update - begin))
+        if not freeze:
+            raise ConfigError(
+                f"--prox-freeze-update: {share:g} of {max_update} updates is none; give more"
+            )
         if freeze <= self.start_update:
             raise ConfigError(
-                f"--prox-start-update {self.start_update}: shrinking ends after {freeze} updates "
-                f"({self.freeze_share:g} of --max-update); start earlier, or give "
-                "--prox-freeze-update"
+                f"--prox-start-update {self.start_update}: shrinking ends after {freeze} of "
+                f"{max_update} updates; start earlier, or give a later --prox-freeze-update"
             )
         return freeze
 
@@ -324,9 +336,7 @@ def _freeze(cfg: Any) -> tuple[int | None, float | None, int | None]:
             f"--prox-freeze-patience {cfg.prox_freeze_patience}: must be a number of updates >= 1"
         )
     if text is None:
-        targets = (cfg.prox_target_sparsity, cfg.prox_target_parameters)
-        has_target = any(target is not None for target in targets)
-        return None, DEFAULT_FREEZE if has_target else None, None
+        return None, None, None
     if text == "auto":
         return None, None, int(cfg.prox_freeze_patience)
     if not str(text).isdecimal():

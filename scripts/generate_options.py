@@ -29,19 +29,7 @@ allowed ends the start with a message that names the flag, the value and what is
 TAIL = """
 `--no-prox-bias` switches `--prox-bias` off; in YAML it is `prox_bias: false`.
 
-## Which option for what
-
-| you want to | set |
-|---|---|
-| prune with the paper's l2,1 or linf,1 regulariser | `--prox l21` or `--prox linf1` |
-| a certain share of the neurons gone | `--prox-target-sparsity 0.5` |
-| a certain share of the parameters gone | `--prox-target-parameters 0.3` |
-| let the loss decide | `--prox-strength`, by factors of 1.5 at most; `--prox-freeze-update auto` |
-| leave the decoder (or the encoder) alone | `--prox-groups encoder-ffn` (or `decoder-ffn`) |
-| let the model learn before anything shrinks | `--prox-start-update N` |
-| repeat a ProxGradPytorch run | `--prox-step-size` its `lr`, `--prox-strength` its `reg` |
-| keep the bias out of the groups | `--no-prox-bias` |
-| train exactly as without the package | `--prox none`, or no option at all |
+Which of them for which wish: [choosing](choosing.md).
 
 ## With fairseq's own options
 
@@ -54,8 +42,13 @@ TAIL = """
   checkpoint is then one of the final size, and `--patience` counts from there. Both need a target
   or `--prox-freeze-update`, and do not go with `--lr-scheduler reduce_lr_on_plateau`. A run that
   goes on from a checkpoint with another metric needs `--reset-meters` once.
-- **Going on from a checkpoint with other `--prox` options.** They count from there on; where they
-  say something else of the target or the freeze, the old freeze does not count any more.
+- **Going on from a checkpoint with other `--prox` options.** They hold from the next update on;
+  where they say something else of the target or the freeze, the old freeze does not count any more.
+  The default freeze is then a fifth of the way from there to `--max-update`. A number of updates
+  counts from the training's first; one that has passed cuts all that is to die at once. With
+  `--finetune-from-model` everything begins at update 0.
+- **`--max-epoch`, `--patience`, `--stop-min-lr`.** A run that they end before the freeze has not
+  reached its target.
 - **`--weight-decay`** shrinks all weights by a factor; it neither kills a neuron by itself nor
   revives one.
 - **`--dropout`, `--activation-dropout`** are independent of the prox. **`--encoder-layerdrop`,

@@ -64,7 +64,13 @@ def _share_of_updates(share: float, offset: int = 0, *, _root_: DictConfig) -> i
     return round(share * _root_.train["max-update"]) + offset
 
 
+def _share_after_warmup(share: float, offset: int = 0, *, _root_: DictConfig) -> int:
+    warmup = _root_.train["warmup-updates"]
+    return warmup + round(share * (_root_.train["max-update"] - warmup)) + offset
+
+
 OmegaConf.register_new_resolver("updates", _share_of_updates, replace=True)
+OmegaConf.register_new_resolver("after_warmup", _share_after_warmup, replace=True)
 
 
 def settings_of(config: DictConfig) -> dict[str, Any]:

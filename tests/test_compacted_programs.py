@@ -136,6 +136,7 @@ def test_alignments_are_the_same(corpus, run, capsys, tmp_path):
 
     more = [*train, *flags, "--max-update", "6", "--finetune-from-model", small]
     more[more.index("--prox-target-sparsity") + 1] = "0.3"
+    more += ["--prox-freeze-update", "4"]
     output = run(*more, "--save-dir", tmp_path / "more").stdout
     assert "frozen after update 4: " in output
 
@@ -290,7 +291,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for index, parameter in enumerate(model.parameters())
     }
     checkpoint = checkpoint_of(model, args) | {
-        "last_optimizer_state": {"state": slots, "param_groups": [{"lr": 0.1}]}
+        "last_optimizer_state": {"state": slots, "param_groups": [{"params": [*slots]}]}
     }
     path = tmp_path_factory.mktemp("large") / "large.pt"
     write_checkpoint(checkpoint, path)

@@ -247,28 +247,38 @@ def test_processes_of_torchrun_that_would_train_alone_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "max_update", "freeze"),
+    ("options", "max_update", "warmup", "freeze"),
     [
-        ({}, 0, None),
-        ({"prox_freeze_update": "7"}, 0, 7),
-        ({"prox_freeze_update": "auto"}, 100, None),
-        ({"prox_freeze_update": "0.3"}, 50, 15),
-        ({"prox_target_sparsity": 0.5}, 100, 60),
-        ({"prox_target_sparsity": 0.5, "prox_freeze_update": "0.3"}, 100, 30),
-        ({"prox_target_sparsity": 0.5, "prox_freeze_update": "100"}, 100, 100),
-        ({"prox_target_parameters": 0.5, "prox_freeze_update": "7"}, 0, 7),
+        ({}, 0, 0, None),
+        ({"prox_freeze_update": "7"}, 0, 10, 7),
+        ({"prox_freeze_update": "auto"}, 100, 10, None),
+        ({"prox_freeze_update": "0.3"}, 50, 10, 15),
+        ({"prox_target_sparsity": 0.5}, 100, 0, 20),
+        ({"prox_target_sparsity": 0.5}, 100, 40, 52),
+        ({"prox_target_parameters": 0.5}, 100, 4000, 100),
+        ({"prox_target_sparsity": 0.5, "prox_freeze_update": "0.3"}, 100, 40, 30),
+        ({"prox_target_sparsity": 0.5, "prox_freeze_update": "100"}, 100, 40, 100),
+        ({"prox_target_parameters": 0.5, "prox_freeze_update": "7"}, 0, 0, 7),
     ],
 )
-def test_when_the_freeze_comes(options, max_update, freeze):
-    assert settings(prox="l21", **options).freeze_of(max_update) == freeze
+def test_when_the_freeze_comes(options, max_update, warmup, freeze):
+    assert settings(prox="l21", **options).freeze_of(max_update, warmup) == freeze
 
 
 @pytest.mark.parametrize(
     ("options", "max_update", "message"),
     [
-        ({}, 0, r"after 0\.6 of --max-update, which is not given: give it, or --prox-freeze-up"),
-        ({"prox_freeze_update": "0.3"}, 0, r"after 0\.3 of --max-update, which is not given"),
-        ({"prox_start_update": 60}, 100, r"--prox-start-update 60: .* ends after 60 updates"),
+        ({}, 0, r"after 0\.2 of the updates, and --max-update is not given: give it, or"),
+        (
+            {"prox_freeze_update": "0.3"},
+            0,
+            r"after 0\.3 of the updates, and --max-update is not",
+        ),
+        (
+            {"prox_start_update": 20},
+            100,
+            r"--prox-start-update 20: .* ends after 20 of 100",
+        ),
     ],
 )
 def test_targets_need_an_end(options, max_update, message):

@@ -46,6 +46,7 @@ def test_target_is_met_and_interrupted_training_equals_uninterrupted(corpus, run
     assert points[30]["prox_threshold"] == 0
     warning = "ends this run before --prox-freeze-update 24, when the target is reached"
     assert warning in first and warning not in last
+    assert "the freeze, after" not in whole
     assert "96 groups (rows of fc1 with bias); 58 of them dead after 24 updates" in whole
     for output, update in ((whole, 24), (last, 33)):
         assert f"frozen after update {update}: 58 of 96 groups are dead and stay so" in output
@@ -113,20 +114,25 @@ def test_a_freeze_of_other_options_does_not_count(corpus, run, tmp_path):
     assert "the checkpoint's freeze, at update 12, was asked for by other options" in output
     assert "frozen after" not in output and count_dead(tmp_path / "other" / last.name)[0] > 30
     more = run(*train, "50", "--prox-target-sparsity=0.75").stdout
-    assert "72 of them dead after 30 updates" in more and "frozen after update 30: 72 of" in more
+    assert "72 of them dead after 26 updates" in more and "frozen after update 26: 72 of" in more
+    assert "has passed" not in more
     # The same options: the freeze stays where it was, whatever --max-update.
     assert (
         "frozen after update 50: 72 of" in run(*train, "60", "--prox-target-sparsity=0.75").stdout
     )
+    late = run(*train, "70", "--prox-target-sparsity=0.875", "--prox-freeze-update", "60").stdout
+    assert "frozen after update 60: 84 of" in late
+    assert "--prox-freeze-update 60 has passed, so all that is to die is cut now" in late
 
 
 def test_layers_without_a_second_moment_yet(corpus, run, tmp_path):
     """LayerDrop: those that the first update drops have no gradient, and Adam no state of them."""
     train = (*TRAIN, corpus, "--prox", "l21", "--prox-metric", "adam", "--max-update", "30")
     drop = ("--encoder-layerdrop", "0.5", "--decoder-layerdrop", "0.5")
-    train += ("--prox-target-sparsity", "0.5", "--prox-freeze-update", "0.4")
+    train += ("--prox-target-sparsity", "0.5", "--prox-freeze-update", "0.3")
     output = run(*train, *drop, "--save-dir", tmp_path).stdout
-    assert "48 of them dead after 12 updates" in output and "|freeze:12|" in output
+    assert "48 of them dead after 9 updates" in output and "|freeze:9|" in output
+    assert "the freeze, after 9 updates, comes before the warm-up of the learning rate" in output
     assert count_dead(tmp_path / "checkpoint_last.pt") == (48, 96)
 
 
@@ -151,7 +157,7 @@ def test_target_in_parameters_with_everything_on(corpus, run, tmp_path):
     train = (*TRAIN, corpus, "--prox", "l21", "--prox-target-parameters", "0.15", "--fp16")
     train += ("--fp16-no-flatten-grads", "--fp16-init-scale", "1", "--activation-fn", "gelu")
     train += ("--prox-couple", "--prox-metric", "adam", "--save-dir", tmp_path)
-    assert "frozen after update 18: " in run(*train, "--max-update", "30").stdout
+    assert "frozen after update 14: " in run(*train, "--max-update", "30").stdout
     assert "frozen after update 30: " in run(*train, "--max-update", "36").stdout
     count = count_neurons(read_checkpoint(tmp_path / "checkpoint_last.pt"))
     before, after = count["parameters"]["total"], count["parameters"]["compact"]
@@ -232,9 +238,9 @@ def test_multilingual_task_trains_resumes_compacts_and_translates(sampling, corp
     languages = ["--task", "translation_multi_simple_epoch", "--lang-pairs", "xx-yy,yy-xx"]
     languages += ["--langs", "xx,yy", "--encoder-langtok", "tgt"]
     train = [*TRAIN, corpus, *languages, "--prox", "l21", "--prox-target-sparsity", "0.5"]
-    train += ["--max-update", "40", "--sampling-method", sampling]
+    train += ["--prox-freeze-update", "24", "--max-update", "40", "--sampling-method", sampling]
     run(*train, "--save-dir", tmp_path / "whole")
-    run(*train, "--save-dir", tmp_path / "halves", "--prox-freeze-update", "24", "--max-update", 17)
+    run(*train, "--save-dir", tmp_path / "halves", "--max-update", 17)
     run(*train, "--save-dir", tmp_path / "halves")
     last = [tmp_path / folder / "checkpoint_last.pt" for folder in ("whole", "halves")]
     assert_same_checkpoints(*last)
@@ -251,6 +257,9 @@ def test_multilingual_task_trains_resumes_compacts_and_translates(sampling, corp
         for path in (last[0], small)
     ]
     assert found[0] == found[1] and len(found[0]) == 43
+    pytest.importorskip("ctranslate2")
+    agreement = export_ctranslate2(read_checkpoint(small), tmp_path / "ct2", data=corpus)
+    assert agreement.largest < 1e-4
 
 
 @pytest.mark.parametrize(

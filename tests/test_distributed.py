@@ -86,6 +86,7 @@ def test_ranks_agree_and_equal_one_process(corpus, tmp_path):
 def test_interrupted_ranks_go_on_together_or_alone(corpus, tmp_path):
     """On the way to a target: in as many processes bit for bit, and in one process."""
     common = (corpus, "--prox-target-sparsity", "0.6", "--max-update", "20")
+    common += ("--prox-freeze-update", "12")
     whole = train(2, tmp_path / "whole", *common)
     # At the end of an epoch: in the middle, other processes would share out its batches anew.
     train(2, tmp_path / "parts", *common, "--max-epoch", "2")

@@ -272,6 +272,36 @@ def test_step_follows_the_schedule_and_rows_die_when_predicted(schedule, corpus,
     assert pruned[middle - 1] <= 48 <= pruned[middle]  # the median lies between two rows
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("--prox-start-update 100", ["--prox-start-update 100 leaves none of 6 updates to shrink"]),
+        (
+            "--prox-freeze-update 100 --prox-freeze-patience 9",
+            [
+                "--max-update 6 ends this run before --prox-freeze-update 100; resume it",
+                "no effect without --prox-freeze-update auto: --prox-freeze-patience",
+            ],
+        ),
+        ("--prox-groups attention --prox-couple", ["no effect on heads: --prox-couple"]),
+    ],
+    ids=["start", "freeze", "couple"],
+)
+def test_what_cannot_happen_in_a_run_is_told(options, told, corpus, run, tmp_path):
+    train = ("fairseq_cli.train", corpus, *AUTOSIZE, *TINY_MODEL, *TINY_TRAINING, "--prox", "l21")
+    train += ("--prox-strength", "30", "--max-update", "6", "--save-dir", tmp_path)
+    output = run(*train, *options.split()).stdout
+    assert all(text in output for text in told)
+    assert not re.search(r"would die at update (?:[7-9]|\d\d)", output), "after its end"
+
+
+def test_a_frozen_run_has_no_forecast(corpus, run, tmp_path):
+    train = ("fairseq_cli.train", corpus, *AUTOSIZE, *TINY_MODEL, *TINY_TRAINING, *PRUNING)
+    train += ("--prox-freeze-update", "3", "--save-dir", tmp_path, "--max-update")
+    assert "neuron without gradient" in run(*train, "5").stdout
+    assert "neuron without gradient" not in run(*train, "6").stdout
+
+
 def test_fp16_checkpoint_has_exact_zeros(corpus, run, tmp_path):
     run(
         *("fairseq_cli.train", corpus, *AUTOSIZE, *TINY_MODEL, *TINY_TRAINING, *PRUNING),

@@ -67,6 +67,7 @@ class AutosizeMixin(FairseqTask):
 
     settings: Settings
     _proximal: ProximalOptimizer | None = None
+    _begun = 0  # updates that others had done before this task's first
     _blocks: list[Block]
     _strength: float | None = None
     # Groups of each block, and parameters, before anything was removed.
@@ -119,10 +120,17 @@ class AutosizeMixin(FairseqTask):
             if root is not None:
                 check_training_mode(root)
                 check_optimizer(root, self.settings)
-                self.settings.freeze_of(self._max_update)
-            if not any(block.count for block in blocks_in_model(model, self.settings.groups)):
+                self.settings.freeze_of(self._max_update, self._warmup)
+            blocks = blocks_in_model(model, self.settings.groups)
+            if not any(block.count for block in blocks):
                 self._nothing_left = True
                 logger.warning("--prox %s: there is nothing left to shrink", self.settings.prox)
+            if self._is_set("prox_freeze_patience") and self.settings.patience is None:
+                logger.warning(
+                    "no effect without --prox-freeze-update auto: --prox-freeze-patience"
+                )
+            if self.settings.couple and not any(isinstance(x, FeedForward) for x in blocks):
+                logger.warning("no effect on heads: --prox-couple")
         elif ignored := [name for name in _OPTIONS if name != "prox" and self._is_set(name)]:
             flags = ", ".join("--" + name.replace("_", "-") for name in ignored)
             logger.warning("no effect, since --prox is none: %s", flags)
@@ -312,11 +320,13 @@ class AutosizeMixin(FairseqTask):
     def set_checkpoint_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `get_checkpoint_dict` gave; fairseq calls it when a run is resumed."""
         same = state.get("prox_freeze_asked", self._asked_freeze) == self._asked_freeze
-        if self.settings.prox != "none" and "prox_frozen_at" in state and not same:
+        root = self._whole_config
+        anew = root is not None and root.checkpoint.reset_optimizer  # the updates begin at 0, too
+        if self.settings.prox != "none" and "prox_frozen_at" in state and (anew or not same):
             logger.info(
-                "the checkpoint's freeze, at update %d, was asked for by other options; it does "
-                "not count any more",
+                "the checkpoint's freeze, at update %d, %s; it does not count any more",
                 state["prox_frozen_at"],
+                "was before --reset-optimizer" if anew else "was asked for by other options",
             )
             of_freeze = ("prox_frozen_at", "prox_quiet_updates", "prox_died")
             state = {name: value for name, value in state.items() if name not in of_freeze}
@@ -334,11 +344,17 @@ class AutosizeMixin(FairseqTask):
         root = self._whole_config
         return (root.optimization.max_update or 0) if root is not None else 0
 
+    @property
+    def _warmup(self) -> int:
+        root = self._whole_config
+        return (getattr(root.lr_scheduler, "warmup_updates", 0) or 0) if root is not None else 0
+
     def _freeze_update(self) -> int | None:
         """When the run freezes, if that is planned; a share stays what it was at the start."""
         if self.settings.freeze_update is not None:
             return self.settings.freeze_update
-        planned = self.settings.freeze_of(self._max_update)
+        begin = max(self._warmup, self._begun)
+        planned = self.settings.freeze_of(self._max_update, begin)
         return None if planned is None else self._restored.get("prox_frozen_at", planned)
 
     def _default_strength(self) -> float:
@@ -356,6 +372,8 @@ class AutosizeMixin(FairseqTask):
         self, optimizer: FairseqOptimizer, model: nn.Module, update_num: int
     ) -> ProximalOptimizer:
         settings = self.settings
+        if self._proximal is None:
+            self._begun = update_num
         self._blocks = blocks_in_model(_unwrap(model), settings.groups)
         self._strength = settings.strength
         if self._strength is None and not settings.has_target:
@@ -419,8 +437,8 @@ class AutosizeMixin(FairseqTask):
             )
         logger.warning(
             "--reset-dataloader: fairseq hands over nothing of what auto-sizing has in the "
-            "checkpoint: a default freeze follows --max-update anew, targets count from this "
-            "model's size, and half precision begins at the rounded parameters"
+            "checkpoint: a default freeze is planned anew, targets count from this model's size, "
+            "and half precision begins at the rounded parameters"
         )
 
     def _goals(self, blocks: Sequence[Block], model: nn.Module) -> tuple[Goal, ...]:
@@ -481,7 +499,8 @@ class AutosizeMixin(FairseqTask):
         number = sum(block.count for block in proximal.blocks)
         if not proximal.goals:
             logger.info("%d groups (%s); strength %g", number, parts, self._strength)
-            if not self.settings.adam_metric:  # which comes with the first gradients
+            told = self.settings.adam_metric  # which comes with the first gradients
+            if not told and not proximal.is_frozen(update_num):
                 logger.info(self._lifetime(proximal, update_num))
         else:
             logger.info(
@@ -492,12 +511,28 @@ class AutosizeMixin(FairseqTask):
                 self._freeze_update(),
             )
         freeze = self._freeze_update() or 0
-        if proximal.goals and 0 < self._max_update < freeze:
+        if 0 < self._max_update < freeze:
             logger.warning(
-                "--max-update %d ends this run before --prox-freeze-update %d, when the target is "
-                "reached; resume it with more updates",
+                "--max-update %d ends this run before --prox-freeze-update %d%s; resume it with "
+                "more updates",
                 self._max_update,
                 freeze,
+                ", when the target is reached" if proximal.goals else "",
+            )
+        goes_on = self._proximal is not None or "prox_frozen_at" in self._restored
+        if proximal.goals and freeze <= update_num and not goes_on:
+            logger.warning(
+                "--prox-freeze-update %d has passed, so all that is to die is cut now, without "
+                "shrinking before; give a later one",
+                freeze,
+            )
+        if update_num < freeze <= self._warmup:
+            logger.warning(
+                "the freeze, after %d updates, comes before the warm-up of the learning rate ends "
+                "(%d): what dies is settled before the model has learned much; give a later "
+                "--prox-freeze-update, or fewer --warmup-updates",
+                freeze,
+                self._warmup,
             )
         logger.info("signature: %s", self._signature())
         logger.info("command: %s", shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]))
@@ -529,6 +564,11 @@ class AutosizeMixin(FairseqTask):
             float(q) for q in torch.tensor(norms).quantile(torch.tensor([0.0, 0.5, 1.0]))
         )
         described = f"dual norms {smallest:.3g} to {largest:.3g}, median {median:.3g}"
+        if self.settings.start_update >= self._horizon:
+            return (
+                f"{described}; --prox-start-update {self.settings.start_update} leaves none of "
+                f"{self._horizon} updates to shrink in"
+            )
         rates = self._learning_rates()
         if rates is None:
             return (
@@ -552,10 +592,15 @@ class AutosizeMixin(FairseqTask):
             f"(first {first}, last {last or 'never'})"
         )
 
+    @property
+    def _horizon(self) -> int:
+        """Updates that the forecast is about."""
+        ends = (self._freeze_update(), self._max_update)
+        return min((end for end in ends if end), default=HORIZON)
+
     def _learning_rates(self) -> Iterator[float] | None:
         """The step sizes of updates 0, 1, ... as far as planned; None where no plan exists."""
-        root = self._whole_config
-        horizon = self._freeze_update() or self._max_update or HORIZON
+        root, horizon = self._whole_config, self._horizon
         if self.settings.step_size is not None:
             return itertools.repeat(self.settings.step_size, horizon)
         if root is None or root.lr_scheduler._name not in PLANNED_SCHEDULES:
