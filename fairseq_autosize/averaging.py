@@ -24,8 +24,8 @@ def average(checkpoints: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], l
         The checkpoint, and for each input how many neurons are dead there but alive in the mean.
 
     Raises:
-        CheckpointError: fewer than two, names, shapes or types of parameters that differ, or NaN
-            or infinity in one.
+        CheckpointError: fewer than two, names, shapes or types of parameters that differ, some
+            that were compacted by themselves, or NaN or infinity in one.
         GroupError: no feed-forward layers.
     """
     if len(checkpoints) < 2:
@@ -33,6 +33,13 @@ def average(checkpoints: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], l
     states = [checkpoint["model"] for checkpoint in checkpoints]
     last = states[-1]
     for number, state in enumerate(states[:-1], start=1):
+        # The compaction's entry, which fairseq drops in training on. As text, since a damaged file
+        # may have tensors there.
+        if len({repr(checkpoints[n].get("autosize")) for n in (number - 1, -1)}) > 1:
+            raise CheckpointError(
+                f"checkpoint {number} and the last one were not compacted together, so that their "
+                "neurons do not correspond; average before compaction"
+            )
         if state.keys() != last.keys():
             name = sorted(state.keys() ^ last.keys())[0]
             raise CheckpointError(

@@ -14,6 +14,7 @@ import os
 import pickle
 import re
 import secrets
+import shutil
 import stat
 import zipfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -104,7 +105,8 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path, force: bool = Fa
         force: replace an existing file.
 
     Raises:
-        CheckpointError: `path` exists and `force` is not set, is a directory, or writing failed.
+        CheckpointError: `path` exists and `force` is not set, is no ordinary file, or writing
+            failed.
     """
     with writing(path, force) as file:
         torch.save(dict(checkpoint), file)
@@ -115,11 +117,14 @@ def writing(path: str | os.PathLike[str], force: bool = False) -> Iterator[Binar
     """A file that replaces `path` once the block has ended without an exception.
 
     Raises:
-        CheckpointError: `path` exists and `force` is not set, is a directory, or writing failed.
+        CheckpointError: `path` exists and `force` is not set, is no ordinary file, or writing
+            failed.
     """
     target = os.fspath(path)
     if os.path.isdir(target):
         raise CheckpointError(f"{target}: cannot write: is a directory")
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise CheckpointError(f"{target}: cannot write: not an ordinary file")
     if os.path.lexists(target) and not force:
         raise CheckpointError(
             f"{target}: exists already; choose another name, or overwrite it with --force"
@@ -127,9 +132,11 @@ def writing(path: str | os.PathLike[str], force: bool = False) -> Iterator[Binar
     directory, name = os.path.split(target)
     _tell_left_over(directory, name)
     # In the same directory: only within a file system is the renaming atomic.
-    partial = os.path.join(directory, f".{name}.{secrets.token_hex(4)}.tmp")
+    partial = os.path.join(directory, f"{_partial_name(name)}.{secrets.token_hex(4)}.tmp")
     try:
         with open(partial, "xb") as file:
+            if os.path.exists(target):
+                shutil.copymode(target, partial)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -138,13 +145,17 @@ def writing(path: str | os.PathLike[str], force: bool = False) -> Iterator[Binar
         reason = getattr(error, "strerror", None) or _reason(error)
         raise CheckpointError(f"{target}: cannot write: {reason}") from error
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # not there any more, or never was
             os.unlink(partial)
+
+
+def _partial_name(name: str) -> str:
+    return f".{name[:50]}"  # file systems allow 255 bytes, 4 a character
 
 
 def _tell_left_over(directory: str, name: str) -> None:
     """Name the partial files of earlier writes; they may belong to one still running, so stay."""
-    pattern = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}\.tmp")
+    pattern = re.compile(rf"{re.escape(_partial_name(name))}\.[0-9a-f]{{8}}\.tmp")
     with contextlib.suppress(OSError):  # the writing itself will tell
         for found in sorted(filter(pattern.fullmatch, os.listdir(directory or "."))):
             logger.warning(

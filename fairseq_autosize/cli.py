@@ -22,6 +22,8 @@ from .staged_training import StageError, train_in_stages
 
 _PROG = "fairseq-autosize"
 
+_MOST = 2**16  # of neurons that a layer is padded to
+
 # What ends a command with one line: a mistake of the user's, or in a file.
 _ERRORS = (CheckpointError, GroupError, ExportError, StageError, ReportError, ImportError)
 
@@ -247,26 +249,30 @@ def _describe(
     else:
         architecture += result.width_options()
     start = "--restore-file" if arguments.keep_optimizer else "--finetune-from-model"
+    translates = any(name.startswith("encoder.") for name in result.checkpoint["model"])
+    program = "fairseq-generate" if translates else "fairseq-eval-lm"
+    output = shlex.quote(str(arguments.output))
     lines += [
         "",
-        "use it:   fairseq-generate DATA --user-dir fairseq_autosize "
-        f"--path {arguments.output} ...",
+        f"use it:   {program} DATA --user-dir fairseq_autosize --path {output} ...",
         "train on: fairseq-train DATA --user-dir fairseq_autosize --save-dir NEW_FOLDER "
-        f"{' '.join(architecture)} {start} {arguments.output} ...",
+        f"{' '.join(architecture)} {start} {output} ...",
         "          (...: the other options as in the training, the sizes of the model among them)",
     ]
     return "\n".join(lines) + "\n"
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number >= 1")
-    return int(text)
+    return _whole(text, 1)
 
 
 def _not_negative(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number >= 0")
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    if not text.isdecimal() or not least <= int(text) <= _MOST:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least} to {_MOST}")
     return int(text)
 
 
@@ -320,6 +326,12 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         metavar="DIR",
         help="folder of the vocabularies, dict.*.txt (default: that of the training)",
     )
+    for flag in ("--source-lang", "--target-lang"):
+        parser.add_argument(
+            flag,
+            metavar="LANG",
+            help="where neither the checkpoint nor binarized files in the folder tell it",
+        )
     parser.add_argument(
         "--force", action="store_true", help="replace OUT_DIR if it is an earlier model"
     )
@@ -336,6 +348,7 @@ def _export(arguments: argparse.Namespace) -> None:
             data=arguments.data_dir,
             quantization=arguments.quantization,
             force=arguments.force,
+            languages=(arguments.source_lang, arguments.target_lang),
         )
     lines = [
         f"wrote {arguments.output}",

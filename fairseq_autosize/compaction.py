@@ -194,6 +194,7 @@ def compact(
     heads = [block for block in attention_in_state(state, sides) if block.name != aligning]
     activation = _activation_name(checkpoint)
     planned_layers = _plan_layers(state, layers, activation, uniform, multiple_of, min_width)
+    _check_blocks(model_config(checkpoint), [layer.change for layer in planned_layers])
     planned_heads = _plan_heads(state, heads, sides, uniform or full_heads)
     blocks = [*planned_layers, *planned_heads]
     parameters = {name: cut for block in blocks for name, cut in block.cuts.items()}
@@ -249,6 +250,24 @@ def _check(state: Mapping[str, Tensor], layers: Sequence[FeedForward]) -> None:
                 f"{printable(layer.name)}: --scale-fc puts a layer norm between fc1 and fc2, so "
                 "that removing a dead neuron would change the others"
             )
+
+
+def _check_blocks(config: Mapping[str, Any], changes: Sequence[LayerChange]) -> None:
+    """See that layers with quantization noise stay what that can be put on."""
+    nested = config.get("quant_noise")  # of hydra
+    names = ("pq", "pq_block_size")
+    noise, block = (
+        nested.get(name) if isinstance(nested, dict) else config.get(f"quant_noise_{name}")
+        for name in names
+    )
+    if isinstance(noise, (int, float)) and noise > 0 and isinstance(block, int) and block > 0:
+        for change in changes:
+            if not change.after or change.after % block:
+                raise CheckpointError(
+                    f"{printable(change.name)}: --quant-noise-pq needs widths that are multiples "
+                    f"of {block}, and {change.after} is none; compact it with --multiple-of "
+                    f"{block} --min-width {block}"
+                )
 
 
 @dataclass(frozen=True)
@@ -405,31 +424,43 @@ def _cut_optimizer(
 ) -> dict[str, Any]:
     """Cut the optimizer's state: a slot a parameter, or flat over all parameters (fp16)."""
     old = checkpoint.get("last_optimizer_state")
-    if not isinstance(old, dict) or not isinstance(old.get("state"), dict) or not old["state"]:
+    if not isinstance(old, dict) or not isinstance(old.get("state"), dict):
         raise CheckpointError("--keep-optimizer: the checkpoint has no optimizer state to keep")
     model = checkpoint["model"]
     names = parameter_names(model)
-    slots = old["state"]
-    for key, slot in slots.items():
-        if not isinstance(key, int) or not isinstance(slot, dict):
-            raise CheckpointError(
-                "--keep-optimizer: the optimizer's state is not one of torch's, a dict for the "
-                "number of each parameter; compact without --keep-optimizer"
-            )
-    flat = len(slots) == 1 and len(names) > 1
-    if not flat and len(slots) != len(names):
+    number = _parameters_of(old)
+    flat = number == 1 and len(names) > 1
+    if not flat and number != len(names):
         raise CheckpointError(
-            f"--keep-optimizer: the optimizer has state for {len(slots)} parameters, the model has "
+            f"--keep-optimizer: the optimizer has {number} parameters, the model has "
             f"{len(names)} (frozen ones?); compact without --keep-optimizer"
         )
-    new = {}
-    for index, (key, slot) in enumerate(sorted(slots.items())):
+    new = {}  # without what had no gradient yet, and empty for plain SGD
+    for key, slot in old["state"].items():
         if flat:
             new[key] = {k: _cut_flat(k, v, names, model, cuts) for k, v in slot.items()}
         else:
-            name = names[index]
+            name = names[key]
             new[key] = {k: _cut_slot(k, v, name, model[name].shape, cuts) for k, v in slot.items()}
     return {**old, "state": new}
+
+
+def _parameters_of(optimizer: Mapping[str, Any]) -> int:
+    """How many parameters an optimizer's state, as torch's optimizers have it, is of."""
+    groups, slots = optimizer.get("param_groups"), optimizer["state"]
+    if isinstance(groups, list) and all(isinstance(group, dict) for group in groups):
+        lists = [group.get("params") for group in groups]
+        numbers = [n for found in lists if isinstance(found, list) for n in found]
+        known = all(
+            isinstance(key, int) and 0 <= key < len(numbers) and isinstance(slot, dict)
+            for key, slot in slots.items()
+        )
+        if numbers == list(range(len(numbers))) and known:
+            return len(numbers)
+    raise CheckpointError(
+        "--keep-optimizer: the optimizer's state is not one of torch's, a dict for the number of "
+        "each parameter; compact without --keep-optimizer"
+    )
 
 
 def _cut_slot(

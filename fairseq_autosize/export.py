@@ -67,6 +67,7 @@ def export_ctranslate2(
     data: str | os.PathLike[str] | None = None,
     quantization: str | None = None,
     force: bool = False,
+    languages: tuple[str | None, str | None] = (None, None),
 ) -> Agreement:
     """Convert a checkpoint to a CTranslate2 model, and compare scores of both engines.
 
@@ -80,6 +81,8 @@ def export_ctranslate2(
         data: folder of the vocabularies (``dict.*.txt``), by default the one of the training.
         quantization: one of `QUANTIZATIONS`, or None for float32.
         force: replace `output` if it is a CTranslate2 model or an empty folder.
+        languages: source and target, where neither the checkpoint nor binarized files in `data`
+            tell them.
 
     Raises:
         ExportError: `output` exists or cannot be written, ctranslate2 is not installed or cannot
@@ -89,7 +92,9 @@ def export_ctranslate2(
         CheckpointError, GroupError: the checkpoint cannot be compacted.
     """
     output = Path(output)
-    if output.exists() and not force:
+    with _telling_of_writing(output):  # a name that is too long
+        there = output.exists()
+    if there and not force:
         raise ExportError(f"{output}: exists already; choose another name, or add --force")
     _check_replaceable(output)
     if not output.parent.is_dir():
@@ -102,7 +107,7 @@ def export_ctranslate2(
             "pip install ctranslate2"
         ) from error
     small = compact(checkpoint, min_width=1, full_heads=True).checkpoint
-    settings = _flat_settings(small, data)
+    settings = _flat_settings(small, data, languages)
     task = _task(settings)
     sentences = _sentences(settings, task)
     with _telling("fairseq cannot run the model that the checkpoint's settings describe"):
@@ -122,7 +127,8 @@ def export_ctranslate2(
                 converter = FairseqConverter(str(source), settings.data)
                 converter.convert(str(made[kind]), quantization=kind)
         with _telling("ctranslate2 cannot run the converted model"):
-            largest = _difference(made[None], task, sentences, expected)
+            translates = any(name.startswith("encoder.") for name in small["model"])
+            largest = _difference(made[None], task, sentences, expected, translates)
         if not largest <= TOLERANCE:
             raise ExportError(
                 f"fairseq and CTranslate2 differ by {largest:.2g} in a token's log probability "
@@ -130,7 +136,7 @@ def export_ctranslate2(
             )
         quantized = None
         if quantization not in (None, "float32"):
-            quantized = _difference(made[quantization], task, sentences, expected)
+            quantized = _difference(made[quantization], task, sentences, expected, translates)
         _replace(output, made[quantization], Path(folder, "old"))
     return Agreement(sum(map(len, expected)), largest, quantized)
 
@@ -191,7 +197,11 @@ def _telling(what: str) -> Iterator[None]:
         raise ExportError(f"{what}: {reason}") from error
 
 
-def _flat_settings(checkpoint: Mapping[str, Any], data: str | os.PathLike[str] | None) -> Namespace:
+def _flat_settings(
+    checkpoint: Mapping[str, Any],
+    data: str | os.PathLike[str] | None,
+    languages: tuple[str | None, str | None],
+) -> Namespace:
     """All settings in one namespace, as the converter wants them.
 
     It looks the architecture up under ``arch`` and accepts stock names only, while fairseq builds
@@ -212,6 +222,9 @@ def _flat_settings(checkpoint: Mapping[str, Any], data: str | os.PathLike[str] |
             "dict.*.txt are"
         )
     values["data"] = str(folder)
+    for name, language in zip(("source_lang", "target_lang"), languages, strict=True):
+        if language is not None:
+            values[name] = language
     return Namespace(**values)
 
 
@@ -219,7 +232,8 @@ def _task(settings: Namespace) -> Any:
     require_fairseq()
     from fairseq.tasks import setup_task
 
-    with _telling(f"the vocabularies do not load from {settings.data} (--data-dir)"):
+    where = f"{settings.data} (--data-dir; --source-lang and --target-lang, if they are unknown)"
+    with _telling(f"the vocabularies do not load from {where}"):
         return setup_task(settings)
 
 
@@ -238,6 +252,8 @@ def _sentences(settings: Namespace, task: Any) -> list[Pair]:
 
     def draw(dictionary: Any, length: int) -> list[int]:
         low, high = dictionary.nspecial, len(dictionary)
+        if low >= high:
+            raise ExportError(f"{settings.data}: a vocabulary there, dict.*.txt, has no words")
         return torch.randint(low, high, (length,), generator=generator).tolist()
 
     return [
@@ -281,14 +297,14 @@ def _fairseq_scores(
 
 
 def _difference(
-    folder: Path, task: Any, sentences: list[Pair], expected: list[list[float]]
+    folder: Path, task: Any, sentences: list[Pair], expected: list[list[float]], translates: bool
 ) -> float:
     """Largest absolute difference between CTranslate2's scores of the tokens and `expected`."""
     import ctranslate2
 
     targets = [[task.target_dictionary[i] for i in target] for _, target in sentences]
     options = {"device": "cpu", "intra_threads": 1}
-    if hasattr(task, "src_dict"):
+    if translates:
         engine = ctranslate2.Translator(str(folder), **options)
         sources = [[task.source_dictionary[i] for i in source] for source, _ in sentences]
         found = engine.score_batch(sources, targets)

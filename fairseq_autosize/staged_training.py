@@ -45,7 +45,7 @@ def train_in_stages(arguments: Sequence[str], share: float, epochs: int) -> list
         CheckpointError: the checkpoint of a stage cannot be compacted.
     """
     own = _parse(arguments, epochs)
-    last = Path(own.save_dir, _LAST)
+    last = Path(own.save_dir, _LAST.replace(".", f"{own.checkpoint_suffix}."))
     if last.exists():
         raise StageError(
             f"{last} exists already; choose another --save-dir, or remove what is in it"
@@ -94,6 +94,7 @@ def _parse(arguments: Sequence[str], epochs: int) -> Namespace:
     parser.add_argument("--save-dir", default="checkpoints")
     parser.add_argument("--restore-file", default=_LAST)
     parser.add_argument("--continue-once")
+    parser.add_argument("--checkpoint-suffix", default="")
     parser.add_argument("--max-epoch", type=int, default=0)
     parser.add_argument("--max-update", type=int, default=0)
     parser.add_argument("--patience", type=int, default=-1)

@@ -75,6 +75,31 @@ def test_optimizer_and_moving_average_are_left_out():
     assert "ema" in checkpoints[-1]["extra_state"]
 
 
+def test_only_those_compacted_together_are_averaged():
+    """Others, though of the same widths, lack different neurons."""
+    checkpoints = three()
+    name = "encoder.layers.0.fc1.weight"
+    for neuron, checkpoint in enumerate(checkpoints):
+        checkpoint["model"][name][neuron] = 0
+    first, second, third = (
+        compact(checkpoint, provenance={"source": str(number)}).checkpoint
+        for number, checkpoint in enumerate(checkpoints)
+    )
+    message = "checkpoint 1 and the last one were not compacted together"
+    with pytest.raises(CheckpointError, match=message):
+        average([first, second])
+    trained_on = {key: value for key, value in second.items() if key != "autosize"}
+    for pair in ([first, trained_on], [trained_on, first]):
+        with pytest.raises(CheckpointError, match=message):
+            average(pair)
+    with pytest.raises(CheckpointError, match="checkpoint 2 and the last one were not"):
+        average([first, second, first])
+    together = second | {"autosize": first["autosize"]}
+    mean = average([first, together])[0]["model"][name]
+    torch.testing.assert_close(mean, (first["model"][name] + second["model"][name]) / 2)
+    assert average([trained_on, third | {"autosize": None}])[1] == [0, 0]
+
+
 def test_refusals():
     first, second, _ = three()
     with pytest.raises(CheckpointError, match="at least two"):

@@ -490,6 +490,21 @@ def test_write_in_the_working_directory(tmp_path, monkeypatch):
     assert_same(read_checkpoint("new.pt"), tiny_checkpoint())
 
 
+@pytest.mark.parametrize("name", ["n" * 255, "\U0001f600" * 63 + "nnn"], ids=["ascii", "emoji"])
+def test_write_to_the_longest_names(tmp_path, name):
+    write_checkpoint(tiny_checkpoint(), tmp_path / name)
+    with pytest.raises(CheckpointError, match="cannot write: File name too long"):
+        write_checkpoint(tiny_checkpoint(), tmp_path / f"{name}n")
+    assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o664])
+def test_overwriting_keeps_the_mode(path, mode):
+    path.chmod(mode)
+    write_checkpoint(tiny_checkpoint(), path, force=True)
+    assert path.stat().st_mode & 0o777 == mode
+
+
 def test_write_refuses_to_overwrite(path):
     before = path.read_bytes()
     with pytest.raises(CheckpointError, match="exists already"):
@@ -504,6 +519,16 @@ def test_write_refuses_a_directory_and_a_missing_one(tmp_path):
         write_checkpoint(tiny_checkpoint(), tmp_path, force=True)
     with pytest.raises(CheckpointError, match="cannot write: No such file"):
         write_checkpoint(tiny_checkpoint(), tmp_path / "none" / "new.pt")
+
+
+def test_write_refuses_a_pipe_and_a_place_below_a_file(path):
+    os.mkfifo(path.parent / "pipe")
+    with pytest.raises(CheckpointError, match="pipe: cannot write: not an ordinary file"):
+        write_checkpoint(tiny_checkpoint(), path.parent / "pipe", force=True)
+    assert (path.parent / "pipe").is_fifo()
+    with pytest.raises(CheckpointError, match=r"checkpoint.pt/new.pt: cannot write: Not a direc"):
+        write_checkpoint(tiny_checkpoint(), path / "new.pt")
+    assert sorted(os.listdir(path.parent)) == [path.name, "pipe"]
 
 
 def test_failed_write_leaves_what_was_there(path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import torch
 from conftest import TINY_MODEL, TINY_TRAINING, USER_DIR, plain_fairseq
 from programs import run_program
-from small_models import build_model, checkpoint_of
+from small_models import build_language_model, build_model, checkpoint_of
 from test_training import logged
 
 from fairseq_autosize.checkpoint import read_checkpoint, write_checkpoint
@@ -98,14 +99,45 @@ def test_full_disk_leaves_what_was_there(saved, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pruned.pt", "small.pt"]
 
 
+def test_outputs_that_no_file_can_be(saved, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    for out, reason in ((saved / "out.pt", "Not a directory"), (tmp_path / "pipe", "not an ord")):
+        for command in (["compact", saved, out], ["average", out, saved, saved]):
+            assert f"{out}: cannot write: {reason}" in failure(capsys, *command, "--force")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pipe", "pruned.pt"]
+
+
 @pytest.mark.parametrize(
-    "options", [["--multiple-of", "0"], ["--multiple-of", "x"], ["--min-width", "-1"]]
+    "options",
+    [
+        ["--multiple-of", "0"],
+        ["--multiple-of", "x"],
+        ["--multiple-of", "65537"],
+        ["--min-width", "-1"],
+        ["--min-width", "1000000000000"],
+    ],
 )
 def test_bad_numbers_are_refused_by_name(options, saved, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["compact", str(saved), str(tmp_path / "small.pt"), *options])
     assert ended.value.code == 2
-    assert f"argument {options[0]}: {options[1]} is not a whole number" in capsys.readouterr().err
+    least = int(options[0] == "--multiple-of")
+    message = f"argument {options[0]}: {options[1]} is not a whole number from {least} to 65536\n"
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("build", "program"),
+    [(build_model, "fairseq-generate"), (build_language_model, "fairseq-eval-lm")],
+)
+def test_commands_to_go_on_with_can_be_pasted(build, program, tmp_path, capsys):
+    out = tmp_path / "my small.pt"
+    write_checkpoint(checkpoint_of(*build()), tmp_path / "model.pt")
+    assert main(["compact", str(tmp_path / "model.pt"), str(out)]) == 0
+    use, train = capsys.readouterr().out.splitlines()[-3:-1]
+    assert use.startswith(f"use it:   {program} DATA --user-dir fairseq_autosize ")
+    assert use.endswith(f" --path '{out}' ...")
+    assert train.endswith(f" --finetune-from-model '{out}' ...")
 
 
 def test_sizes_are_told_where_the_input_is_replaced(saved, capsys):
@@ -151,10 +183,19 @@ def test_trainings_that_cannot_go_in_stages(arguments, message, tmp_path, capsys
     assert message in failure(capsys, "train-compacting", *arguments)
 
 
-def test_stages_do_not_go_on_from_another_training(saved, tmp_path, capsys):
-    saved.rename(tmp_path / "checkpoint_last.pt")
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ([], "checkpoint_last.pt"),
+        (["--checkpoint-suffix", "_x"], "checkpoint_last_x.pt"),
+        (["--checkpoint-suffix=-1.x"], "checkpoint_last-1.x.pt"),
+    ],
+)
+def test_stages_do_not_go_on_from_another_training(options, name, saved, tmp_path, capsys):
+    saved.rename(tmp_path / name)
     arguments = ["data", "--arch", "transformer", "--max-epoch", "1", "--save-dir", tmp_path]
-    assert "checkpoint_last.pt exists already" in failure(capsys, "train-compacting", *arguments)
+    message = failure(capsys, "train-compacting", *arguments, *options)
+    assert f"{tmp_path / name} exists already" in message
 
 
 # --- trained models -----------------------------------------------------------------------------
@@ -248,6 +289,8 @@ def test_training_in_stages_ends_where_one_run_ends(trained, corpus, run, tmp_pa
             "2",
             *train,
             tmp_path / "staged",
+            "--checkpoint-suffix",
+            "_x",
         ],
         capture_output=True,
         text=True,
@@ -261,6 +304,7 @@ def test_training_in_stages_ends_where_one_run_ends(trained, corpus, run, tmp_pa
     assert losses[1] == pytest.approx(losses[0], abs=2e-3)
     ends = [logged(output, "valid")[-1]["valid_loss"] for output in (whole, staged.stdout)]
     assert ends[1] == pytest.approx(ends[0], abs=2e-3)
+    assert (tmp_path / "staged" / "checkpoint_last_x.pt").exists()
 
 
 @pytest.mark.heavy

@@ -93,6 +93,41 @@ def test_variants_of_the_architecture(options):
         assert_same_function(model, result.checkpoint)
 
 
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_side_without_layers(side):
+    model, args = build_model(**{f"{side}_layers": 0})
+    prune(model, (3, 0))
+    (other,) = {"encoder", "decoder"} - {side}
+    for uniform in (False, True):
+        result = compact(checkpoint_of(model, args), uniform=uniform)
+        assert result.widths == {other: [3, 3] if uniform else [3, 0]}
+        assert_same_function(model, result.checkpoint)
+
+
+def test_widths_that_quantization_noise_can_be_put_on():
+    sizes = {"encoder_ffn_embed_dim": 16, "decoder_ffn_embed_dim": 16}
+    model, args = build_model(quant_noise_pq=0.1, quant_noise_pq_block_size=8, **sizes)
+    prune(model, (3, 8, 16, 1))
+    message = r"encoder\.layers\.0: .* multiples of 8, and 3 is none; compact it with --multiple-of"
+    with pytest.raises(CheckpointError, match=message):
+        compact(checkpoint_of(model, args))
+    nested = copy.deepcopy(checkpoint_of(model, args))  # as hydra has it
+    settings = vars(nested["cfg"]["model"])
+    names = ("pq", "pq_block_size")
+    settings["quant_noise"] = {name: settings.pop(f"quant_noise_{name}") for name in names}
+    with pytest.raises(CheckpointError, match=message):
+        compact(nested)
+    for uniform in (False, True):
+        result = compact(checkpoint_of(model, args), multiple_of=8, uniform=uniform)
+        assert [layer.after for layer in result.layers] == [8, 8, 16, 16 if uniform else 8]
+        assert_same_function(model, result.checkpoint)
+        tokens = torch.arange(4, 14).unsqueeze(0)
+        model_in(result.checkpoint).train()(tokens, torch.tensor([10]), tokens)[0].sum().backward()
+    prune(model, (0, 8, 16, 1))
+    with pytest.raises(CheckpointError, match="and 0 is none"):
+        compact(checkpoint_of(model, args), multiple_of=8)
+
+
 @pytest.mark.parametrize("uniform", [False, True])
 def test_language_model(uniform):
     model, args = build_language_model()
@@ -293,11 +328,17 @@ def adafactor(parameters):
     return Adafactor(parameters)
 
 
-@pytest.mark.parametrize("optimizer_class", [torch.optim.Adam, torch.optim.Adagrad, adafactor])
+@pytest.mark.parametrize(
+    "optimizer_class", [torch.optim.Adam, torch.optim.Adagrad, adafactor, torch.optim.SGD]
+)
 @pytest.mark.parametrize("options", [{"share_all_embeddings": True}, {"encoder_ffn_embed_dim": 8}])
-def test_optimizer_state_is_cut_with_its_neurons(optimizer_class, options):
+@pytest.mark.parametrize("skipped", [False, True])
+def test_optimizer_state_is_cut_with_its_neurons(optimizer_class, options, skipped):
+    """Also where it has none: of plain SGD, and of a layer that LayerDrop has always skipped."""
     model, args = build_model(**options)
     optimizer = trained(optimizer_class, model)
+    for parameter in model.encoder.layers[0].parameters() if skipped else ():
+        optimizer.state.pop(parameter, None)
     alive = (3, 0, 10, 1)
     prune(model, alive)
     kept = [layer.fc1.weight.any(dim=1) for layer in (*model.encoder.layers, *model.decoder.layers)]
@@ -309,6 +350,7 @@ def test_optimizer_state_is_cut_with_its_neurons(optimizer_class, options):
     again.load_state_dict(result["last_optimizer_state"])
     old = {name: optimizer.state[p] for name, p in model.named_parameters()}
     for name, parameter in small.named_parameters():
+        assert (parameter in again.state) == bool(old[name])
         new, before = again.state[parameter], old[name]
         layer = ["encoder.layers.0", "encoder.layers.1", "decoder.layers.0", "decoder.layers.1"]
         path, _, leaf = name.partition(".fc")
@@ -340,6 +382,8 @@ def test_flat_optimizer_state_of_fp16():
     cut = result["last_optimizer_state"]
     assert torch.equal(cut["state"][0]["exp_avg"], wanted)
     assert cut["state"][0]["step"] == 3 and cut["loss_scale"] == 4.0
+    state["state"] = {}  # plain SGD's
+    assert compact(checkpoint, keep_optimizer=True).checkpoint["last_optimizer_state"] == state
 
 
 def test_without_keep_optimizer_there_is_no_state():
@@ -429,8 +473,14 @@ def test_layer_norm_between_fc1_and_fc2_is_refused():
     ("state", "message"),
     [
         (None, "no optimizer state"),
-        ({"state": {0: {}, 1: {}}}, "state for 2 parameters, the model has"),
-        ({"state": {0: {"exp_avg": torch.ones(5)}}}, r"flat exp_avg has shape \(5,\)"),
+        ({"state": {}}, "is not one of torch's"),
+        ({"state": {7: {}}, "param_groups": [{"params": [0, 1]}]}, "is not one of torch's"),
+        ({"state": {0: []}, "param_groups": [{"params": [0, 1]}]}, "is not one of torch's"),
+        ({"state": {}, "param_groups": [{"params": [0, 1]}]}, "has 2 parameters, the model has"),
+        (
+            {"state": {0: {"exp_avg": torch.ones(5)}}, "param_groups": [{"params": [0]}]},
+            r"flat exp_avg has shape \(5,\)",
+        ),
     ],
 )
 def test_optimizer_states_that_do_not_fit_are_refused(state, message):

@@ -15,6 +15,8 @@ from small_models import (
 )
 
 from fairseq_autosize import export
+from fairseq_autosize.checkpoint import write_checkpoint
+from fairseq_autosize.cli import main
 from fairseq_autosize.compaction import compact
 from fairseq_autosize.export import ExportError, export_ctranslate2
 
@@ -101,8 +103,27 @@ def test_vocabularies_can_be_elsewhere(data, tmp_path):
     with pytest.raises(ExportError, match="folder gone does not exist; say with --data-dir"):
         export_ctranslate2(checkpoint, tmp_path / "ct2")
     export_ctranslate2(checkpoint, tmp_path / "ct2", data=data)
-    with pytest.raises(ExportError, match=r"do not load from .* \(--data-dir\)"):
+    with pytest.raises(ExportError, match=r"do not load from .* \(--data-dir; --sou"):
         export_ctranslate2(checkpoint, tmp_path / "other", data=tmp_path)
+
+
+def test_languages_can_be_told(data, tmp_path, capsys):
+    """Where the settings do not name them, and there are no binarized files that do."""
+    checkpoint = translation_checkpoint(data)
+    del checkpoint["cfg"]["task"]["source_lang"], checkpoint["cfg"]["task"]["target_lang"]
+    write_checkpoint(checkpoint, tmp_path / "model.pt")
+    command = ["export", str(tmp_path / "model.pt"), str(tmp_path / "ct2"), "--format=ctranslate2"]
+    assert main(command) == 2
+    assert "--source-lang and --target-lang, if they are unknown" in capsys.readouterr().err
+    assert main([*command, "--source-lang", "xx", "--target-lang", "yy"]) == 0
+    assert (tmp_path / "ct2" / "model.bin").exists()
+
+
+def test_a_vocabulary_without_words_is_refused(data, tmp_path):
+    (data / "dict.yy.txt").write_text("")
+    with pytest.raises(ExportError, match=r"data: a vocabulary there, dict\.\*\.txt, has no words"):
+        export_ctranslate2(translation_checkpoint(data), tmp_path / "ct2")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data"]
 
 
 def test_what_exists_is_kept_without_force(data, tmp_path):

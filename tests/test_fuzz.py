@@ -50,7 +50,7 @@ def whole_checkpoint(data: Path) -> dict[str, Any]:
         index: {"step": 4, "exp_avg": p.detach().clone()}
         for index, p in enumerate(model.parameters())
     }
-    checkpoint["last_optimizer_state"] = {"state": state, "param_groups": [{"lr": 0.1}]}
+    checkpoint["last_optimizer_state"] = {"state": state, "param_groups": [{"params": [*state]}]}
     checkpoint["extra_state"] = {
         "ema": {name: value.clone() for name, value in model.state_dict().items() if "fc" in name},
         "train_iterator": {"epoch": 2, "iterations_in_epoch": 0},

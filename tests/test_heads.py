@@ -334,6 +334,19 @@ def test_small_model_trains_on_with_its_heads():
     assert float(loss(small)) < first
 
 
+def test_attention_without_heads_is_its_bias_and_every_parameter_has_a_gradient():
+    """torch's DistributedDataParallel would not go on without one."""
+    model, args = build_model()
+    kill_heads(model, DEAD)
+    small = model_in(compact(checkpoint_of(model, args)).checkpoint).train()
+    loss(small).backward()
+    assert [name for name, p in small.named_parameters() if p.grad is None] == []
+    query, memory = torch.randn(5, 2, 8), torch.randn(3, 2, 8)
+    for attention in (small.encoder.layers[1].self_attn, small.decoder.layers[1].encoder_attn):
+        found, weights = attention(query, key=memory, value=memory)
+        assert weights is None and torch.equal(found, attention.out_proj.bias.expand(5, 2, 8))
+
+
 def test_optimizer_state_is_cut_with_its_heads():
     model, args = build_model()
     optimizer = optimizer_of(model)

@@ -38,7 +38,7 @@ def valid_checkpoint(folder: Path) -> dict[str, Any]:
     task = TASK | {"data": str(folder), "source_lang": "xx", "target_lang": "yy"}
     state = {i: {"exp_avg": p.detach().clone()} for i, p in enumerate(model.parameters())}
     return checkpoint_of(model, args, task) | {
-        "last_optimizer_state": {"state": state, "param_groups": []},
+        "last_optimizer_state": {"state": state, "param_groups": [{"params": [*state]}]},
         "extra_state": {
             "ema": {FC1: model.encoder.layers[0].fc1.weight.detach().clone()},
             "train_iterator": {"epoch": 2, "iterations_in_epoch": 0},

@@ -118,7 +118,7 @@ def _resize(args: Any, side: str, stack: nn.Module, kept: str | None) -> None:
     if widths is not None:
         set_widths(layers, widths)
     for name, (own, module) in ATTENTION_PARTS.items():
-        if own == side and hasattr(layers[0], module):
+        if own == side and layers and getattr(layers[0], module, None) is not None:
             counts = layer_sizes(args, f"{name}_head_counts", len(layers), kept)
             if counts is not None:
                 set_heads(layers, module, counts)
@@ -213,11 +213,24 @@ class PrunedAttention(MultiheadAttention):
                 self.reset_parameters()
         self._set_skip_embed_dim_check()
 
-    def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
         """As fairseq's; without heads the output is out_proj's bias, and there are no weights."""
         if self.num_heads:
-            return super().forward(query, *args, **kwargs)
-        return self.out_proj.bias.expand(query.shape), None
+            return super().forward(query, key, value, *args, **kwargs)
+        # Through all parameters, empty as they are: those without a gradient would stop torch's
+        # DistributedDataParallel.
+        empty = self.q_proj(query)
+        for projection, given in ((self.k_proj, key), (self.v_proj, value)):
+            if given is not None:
+                empty = empty + projection(given).sum()
+        return self.out_proj(empty), None
 
 
 def _register_architectures() -> None:
