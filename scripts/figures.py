@@ -16,9 +16,10 @@ def save(path: Path, axes: Axes, title: str, xlabel: str, ylabel: str, **options
     """Label a figure, write it as PNG and close it."""
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel, **options)
     axes.grid(alpha=0.3)
-    handles, _ = axes.get_legend_handles_labels()
-    if handles:
-        axes.legend(frameon=False, fontsize="small", ncols=2)
+    _, labels = axes.get_legend_handles_labels()
+    if labels:
+        columns = 2 if max(map(len, labels)) <= 30 else 1
+        axes.legend(frameon=False, fontsize="small", ncols=columns)
     axes.figure.savefig(path, dpi=120)
     pyplot.close(axes.figure)
 
