@@ -451,11 +451,13 @@ def _parameters_of(optimizer: Mapping[str, Any]) -> int:
     if isinstance(groups, list) and all(isinstance(group, dict) for group in groups):
         lists = [group.get("params") for group in groups]
         numbers = [n for found in lists if isinstance(found, list) for n in found]
+        # Types first: in a damaged file a tensor may stand for any of them.
+        counted = all(isinstance(n, int) for n in numbers) and numbers == [*range(len(numbers))]
         known = all(
             isinstance(key, int) and 0 <= key < len(numbers) and isinstance(slot, dict)
             for key, slot in slots.items()
         )
-        if numbers == list(range(len(numbers))) and known:
+        if counted and known:
             return len(numbers)
     raise CheckpointError(
         "--keep-optimizer: the optimizer's state is not one of torch's, a dict for the number of "

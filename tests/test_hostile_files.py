@@ -255,6 +255,13 @@ CONTENTS: dict[str, tuple[Callable[[dict], Any], list[str], str]] = {
         ["compact with everything"],
         "--keep-optimizer: the optimizer's state is not one of torch's",
     ),
+    "an optimizer whose parameters are no numbers": (
+        lambda c: replaced(
+            c, "last_optimizer_state", "param_groups", 0, "params", 0, by=torch.ones(3)
+        ),
+        ["compact with everything"],
+        "--keep-optimizer: the optimizer's state is not one of torch's",
+    ),
     "an optimizer of another model": (
         lambda c: replaced(c, "last_optimizer_state", "state", 0, "exp_avg", by=torch.ones(5)),
         ["compact with everything"],
