@@ -32,10 +32,11 @@ def average(checkpoints: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], l
         raise CheckpointError("averaging needs at least two checkpoints")
     states = [checkpoint["model"] for checkpoint in checkpoints]
     last = states[-1]
+    # The compaction's entries, which fairseq drops in training on; as text, since a damaged file
+    # may have tensors there.
+    origins = [repr(checkpoint.get("autosize")) for checkpoint in checkpoints]
     for number, state in enumerate(states[:-1], start=1):
-        # The compaction's entry, which fairseq drops in training on. As text, since a damaged file
-        # may have tensors there.
-        if len({repr(checkpoints[n].get("autosize")) for n in (number - 1, -1)}) > 1:
+        if origins[number - 1] != origins[-1]:
             raise CheckpointError(
                 f"checkpoint {number} and the last one were not compacted together, so that their "
                 "neurons do not correspond; average before compaction"

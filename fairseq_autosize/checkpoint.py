@@ -199,10 +199,10 @@ def model_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     if not config:
         raise CheckpointError("the checkpoint has no settings of its model (cfg.model or args)")
     nested = {
-        f"{side}_{name}": value
-        for side in ("encoder", "decoder")
-        if isinstance(config.get(side), Mapping)
-        for name, value in config[side].items()
+        f"{part}_{name}": value
+        for part in ("encoder", "decoder", "quant_noise")
+        if isinstance(config.get(part), Mapping)
+        for name, value in config[part].items()
     }
     return {**config, **nested}
 

@@ -249,8 +249,7 @@ def _describe(
     else:
         architecture += result.width_options()
     start = "--restore-file" if arguments.keep_optimizer else "--finetune-from-model"
-    translates = any(name.startswith("encoder.") for name in result.checkpoint["model"])
-    program = "fairseq-generate" if translates else "fairseq-eval-lm"
+    program = "fairseq-generate" if result.translates else "fairseq-eval-lm"
     output = shlex.quote(str(arguments.output))
     lines += [
         "",

@@ -120,6 +120,11 @@ class Compaction:
     heads: dict[str, list[int]]
     ema_rows: int
 
+    @property
+    def translates(self) -> bool:
+        """Whether there is an encoder, so that it is no language model; it may have no layers."""
+        return any(name.startswith("encoder.") for name in self.checkpoint["model"])
+
     def width_options(self) -> list[str]:
         """The options with which fairseq-train builds these widths, for an arch with widths."""
         counts = {f"--{side}-ffn-dims": widths for side, widths in self.widths.items()}
@@ -254,12 +259,7 @@ def _check(state: Mapping[str, Tensor], layers: Sequence[FeedForward]) -> None:
 
 def _check_blocks(config: Mapping[str, Any], changes: Sequence[LayerChange]) -> None:
     """See that layers with quantization noise stay what that can be put on."""
-    nested = config.get("quant_noise")  # of hydra
-    names = ("pq", "pq_block_size")
-    noise, block = (
-        nested.get(name) if isinstance(nested, dict) else config.get(f"quant_noise_{name}")
-        for name in names
-    )
+    noise, block = config.get("quant_noise_pq"), config.get("quant_noise_pq_block_size")
     if isinstance(noise, (int, float)) and noise > 0 and isinstance(block, int) and block > 0:
         for change in changes:
             if not change.after or change.after % block:

@@ -106,7 +106,8 @@ def export_ctranslate2(
             f"ctranslate2 is needed for the export and does not load ({error}); install it: "
             "pip install ctranslate2"
         ) from error
-    small = compact(checkpoint, min_width=1, full_heads=True).checkpoint
+    compaction = compact(checkpoint, min_width=1, full_heads=True)
+    small, translates = compaction.checkpoint, compaction.translates
     settings = _flat_settings(small, data, languages)
     task = _task(settings)
     sentences = _sentences(settings, task)
@@ -127,7 +128,6 @@ def export_ctranslate2(
                 converter = FairseqConverter(str(source), settings.data)
                 converter.convert(str(made[kind]), quantization=kind)
         with _telling("ctranslate2 cannot run the converted model"):
-            translates = any(name.startswith("encoder.") for name in small["model"])
             largest = _difference(made[None], task, sentences, expected, translates)
         if not largest <= TOLERANCE:
             raise ExportError(

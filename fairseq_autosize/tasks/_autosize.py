@@ -230,9 +230,7 @@ class AutosizeMixin(FairseqTask):
                 encoder returns, and ends in a StopIteration that says nothing.
         """
         if "prox_precision" in self._restored:  # before the first step of a resumed run
-            root = self._whole_config
-            reset = root is not None and root.checkpoint.reset_optimizer
-            if self.settings.prox != "none" and not reset:
+            if self.settings.prox != "none" and not self._resets_optimizer:
                 restore_precision(optimizer, self._restored["prox_precision"])
                 self._restored_optimizer = optimizer
             # From now on they are out of date.
@@ -320,8 +318,7 @@ class AutosizeMixin(FairseqTask):
     def set_checkpoint_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `get_checkpoint_dict` gave; fairseq calls it when a run is resumed."""
         same = state.get("prox_freeze_asked", self._asked_freeze) == self._asked_freeze
-        root = self._whole_config
-        anew = root is not None and root.checkpoint.reset_optimizer  # the updates begin at 0, too
+        anew = self._resets_optimizer  # the updates begin at 0, too
         if self.settings.prox != "none" and "prox_frozen_at" in state and (anew or not same):
             logger.info(
                 "the checkpoint's freeze, at update %d, %s; it does not count any more",
@@ -338,6 +335,11 @@ class AutosizeMixin(FairseqTask):
         names = ("prox_groups", "prox_target_sparsity", "prox_target_parameters")
         names += ("prox_target_scope", "prox_freeze_update")
         return " ".join(str(getattr(self._task_config, name)) for name in names)
+
+    @property
+    def _resets_optimizer(self) -> bool:
+        root = self._whole_config
+        return root is not None and root.checkpoint.reset_optimizer
 
     @property
     def _max_update(self) -> int:
@@ -499,8 +501,8 @@ class AutosizeMixin(FairseqTask):
         number = sum(block.count for block in proximal.blocks)
         if not proximal.goals:
             logger.info("%d groups (%s); strength %g", number, parts, self._strength)
-            told = self.settings.adam_metric  # which comes with the first gradients
-            if not told and not proximal.is_frozen(update_num):
+            # Adam's metric comes with the first gradients.
+            if not (self.settings.adam_metric or proximal.is_frozen(update_num)):
                 logger.info(self._lifetime(proximal, update_num))
         else:
             logger.info(
