@@ -6,7 +6,6 @@ the result back. fairseq's checkpoints lack the masters, so what a resumed run n
 here, too.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -46,11 +45,10 @@ class Master:
 
     def copy_back(self) -> None:
         """Write the master into the model's parameter (rounding to its dtype)."""
-        if self.tensor is not self.parameter:
-            self.parameter.data.copy_(self.tensor)
+        self.parameter.data.copy_(self.tensor)
 
-    def second_moment(self, optimizer: torch.optim.Optimizer) -> tuple[Tensor, float]:
-        """Adam's v, like `tensor` in shape, and its bias correction 1 − β₂ⁿ after n steps.
+    def second_moment(self, optimizer: torch.optim.Optimizer) -> tuple[Tensor, float, float]:
+        """Adam's v, like `tensor` in shape, its bias correction 1 − β₂ⁿ after n steps, and ε.
 
         Args:
             optimizer: the torch optimizer that has taken at least one step on `owner`.
@@ -76,35 +74,7 @@ class Master:
             moment = moment[start : start + self.tensor.numel()].view(self.tensor.shape)
         group = optimizer.param_groups[self.group_index]
         steps = state.get("step", group.get("step"))
-        return moment, 1 - group["betas"][1] ** float(steps)
-
-
-def adam_metric(
-    masters: Sequence[Master], optimizer: torch.optim.Optimizer, dim: int = 0
-) -> Tensor:
-    """D = (√v + ε) / √(1 − β₂ⁿ): what Adam's step n divided by.
-
-    Args:
-        masters: of one of the optimizer's groups; their shapes differ along `dim` at most.
-        optimizer: the torch optimizer that has taken at least one step on them.
-        dim: along which the results are joined.
-
-    Raises:
-        TypeError: the optimizer keeps no second moment for each parameter.
-    """
-    found = [master.second_moment(optimizer) for master in masters]
-    moments, corrections = zip(*found, strict=True)
-    eps = optimizer.param_groups[masters[0].group_index]["eps"]
-    metric = joined(moments, dim).float().sqrt().add_(eps)
-    sizes = [moment.shape[dim] for moment in moments]
-    for part, correction in zip(metric.split(sizes, dim), corrections, strict=True):
-        part.div_(math.sqrt(correction))
-    return metric
-
-
-def joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
-    """`torch.cat`, without a copy of a single tensor."""
-    return torch.cat(tensors, dim) if len(tensors) > 1 else tensors[0]
+        return moment, 1 - group["betas"][1] ** float(steps), group["eps"]
 
 
 def find_masters(

@@ -1,6 +1,7 @@
 """One training update with a proximal step: fairseq's optimizer first, then the prox on masters."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,7 @@ from fairseq.optim import AMPOptimizer, FairseqOptimizer
 from torch import Tensor
 
 from .groups import Block, Part
-from .masters import Master, adam_metric, find_masters, joined
+from .masters import Master, find_masters
 from .prox import Operator
 from .strength import Goal, Plan, threshold_toward
 
@@ -86,7 +87,9 @@ class ProximalOptimizer:
         self._frozen_at = plan.freeze_update
         self._quiet = 0  # updates since something died or came back
         self._died = False  # something has, though a compaction may have removed it
-        self._held: list[Tensor] | None = None
+        # The dead that a freeze holds (int64 indices) by the blocks' names; None before it.
+        self.held: Mapping[str, Tensor] | None = None
+        self._held_views: list[tuple[Tensor, Tensor]] = []  # what to zero, and where
         parts = {block.name: block.groups(shape.bias, shape.fc2) for block in blocks}
         parameters = [
             part.parameter
@@ -141,14 +144,16 @@ class ProximalOptimizer:
         Returns:
             Whether there was an update; False if --amp skipped it for an overflow.
         """
-        if self.is_frozen(update_num) and self._held is None:
+        if self.is_frozen(update_num) and self.held is None:
             self._freeze(update_num)  # before the optimizer's momentum moves the dead
         if not self._step_inner():
             return False
         self.threshold = 0.0
-        if self._held is not None:
-            for groups, dead in zip(self._groups, self._held, strict=True):
-                groups.zero(dead)
+        if self.held is not None:
+            for view, dead in self._held_views:
+                view.index_fill_(0, dead, 0)
+            for groups in self._groups:
+                groups.copy_back()
         elif update_num >= self.plan.start_update:
             self._shrink(update_num)
             if self.plan.patience is not None:
@@ -169,12 +174,6 @@ class ProximalOptimizer:
         """Whether update `update_num` shrinks nothing any more."""
         return self._frozen_at is not None and update_num >= self._frozen_at
 
-    def held(self) -> dict[str, Tensor]:
-        """The dead (int64 indices) that a freeze holds, by the blocks' names."""
-        if self._held is None:
-            return {}
-        return {block.name: dead for block, dead in zip(self.blocks, self._held, strict=True)}
-
     @torch.no_grad()
     def _shrink(self, update_num: int) -> None:
         if self.goals and self._frozen_at - update_num <= 1:
@@ -192,7 +191,8 @@ class ProximalOptimizer:
                 batch.shrink(threshold, own)
                 self.threshold = max(self.threshold, threshold)
         if self.goals:
-            rate = max(self._rate(groups) or 0.0 for groups in self._groups)
+            rates = self._rates()
+            rate = max(rates[groups.group_index] or 0.0 for groups in self._groups)
             self.strength = self.threshold / rate if rate else None
 
     def _has_metric(self) -> bool:
@@ -204,12 +204,14 @@ class ProximalOptimizer:
         members = (part for groups in self._groups for part in groups.members)
         return not state or all(state.get(x.master.owner) for x in members)  # without it no Adam
 
-    def _rate(self, groups: "_Groups") -> float | None:
-        # A composite optimizer has a generator here.
-        return list(self.optimizer.param_groups)[groups.group_index]["lr"]
+    def _rates(self) -> list[float | None]:
+        """The learning rates of the optimizer's groups."""
+        return [group["lr"] for group in self.optimizer.param_groups]
 
     def _step_size(self, groups: "_Groups") -> float:
-        eta = self._rate(groups) if self.plan.step_size is None else self.plan.step_size
+        eta = self.plan.step_size
+        if eta is None:
+            eta = self._rates()[groups.group_index]
         if eta is None:  # such as Adafactor with its relative step
             raise TypeError(
                 f"--prox-step-size schedule: {type(self.optimizer).__name__} has no learning "
@@ -229,12 +231,19 @@ class ProximalOptimizer:
             # A run resumed at or beyond its freeze, with another goal than before; where it got
             # there by itself, nothing is left to cut.
             self._cut()
-        self._held = [dead.nonzero().flatten() for dead in self._dead_masks()]
+        held = [dead.nonzero().flatten() for dead in self._dead_masks()]
+        self.held = {block.name: dead for block, dead in zip(self.blocks, held, strict=True)}
+        self._held_views = [
+            (part.grouped, dead)
+            for groups, dead in zip(self._groups, held, strict=True)
+            if len(dead)
+            for part in groups.parts
+        ]
         logger.info(
             "frozen after update %d: %d of %d groups are dead and stay so; the others are not "
             "shrunk any more",
             update_num,
-            sum(map(len, self._held)),
+            sum(map(len, held)),
             sum(groups.count for groups in self._groups),
         )
 
@@ -285,17 +294,23 @@ class _Part:
     part: Part
     count: int
 
+    @cached_property
     def grouped(self) -> Tensor:
-        return self.part.grouped(self.master.tensor, self.count)
+        """A view of the master, a group an index. Kept, since on small layers it costs much."""
+        return self.part.grouped(self.master.tensor.detach(), self.count)
+
+    def metric(self, optimizer: torch.optim.Optimizer, out: Tensor | None = None) -> Tensor:
+        """D = (√v + ε) / √(1 − β₂ⁿ), what Adam's step n divided by; in the shape of `grouped`."""
+        moment, correction, eps = self.master.second_moment(optimizer)
+        moment = self.part.grouped(moment, self.count).float()
+        return torch.sqrt(moment, out=out).add_(eps).div_(math.sqrt(correction))
 
 
-def _zero(parts: Sequence[_Part], chosen: Tensor) -> None:
-    """Zero what some groups, indices (int64) or a boolean for each, have in each part."""
-    if parts:
-        rows = chosen.nonzero().flatten() if chosen.dtype == torch.bool else chosen
-        if len(rows):
-            for part in parts:
-                part.grouped().index_fill_(0, rows, 0)
+def _zero(parts: Sequence[_Part], chosen: Tensor | None) -> None:
+    """Zero what some groups, a boolean for each, have in each part."""
+    if parts and len(rows := chosen.nonzero().flatten()):
+        for part in parts:
+            part.grouped.index_fill_(0, rows, 0)
 
 
 class _Groups:
@@ -314,6 +329,11 @@ class _Groups:
             ]
             for parts in (groups.members, groups.followers)
         )
+        self.parts = (*self.members, *self.followers)
+        # Masters that are not the model's parameters themselves.
+        self._copies = [
+            part.master for part in self.parts if part.master.tensor is not part.master.parameter
+        ]
         self.group_index = self.members[0].master.group_index
         self.entries = sum(part.master.tensor.numel() for part in self.members)
         # Groups of different sizes are shrunk in proportion to what random entries would add up
@@ -330,7 +350,7 @@ class _Groups:
             self.group_index,
             self.scale,
             weight.device,
-            *((part.part.dim, part.grouped().shape[1:]) for part in self.members),
+            *((part.part.dim, part.grouped.shape[1:]) for part in self.members),
         )
 
     def rows(self) -> _Rows:
@@ -342,14 +362,13 @@ class _Groups:
         if self.plain:
             weight, *bias = (part.master.tensor for part in self.members)
             return weight, bias[0] if bias else None
-        return torch.cat([part.grouped().flatten(1) for part in self.members], dim=1), None
+        return torch.cat([part.grouped.flatten(1) for part in self.members], dim=1), None
 
-    def write(self, rows: Tensor) -> None:
-        """Write a matrix with a row a group, all its entries, into the masters."""
-        parts = [part.grouped() for part in self.members]
+    def pieces(self, rows: Tensor) -> list[Tensor]:
+        """What is each member's in a matrix with a row a group, all its entries."""
+        parts = [part.grouped for part in self.members]
         pieces = rows.split([part[0].numel() for part in parts], dim=1)
-        for part, piece in zip(parts, pieces, strict=True):
-            part.copy_(piece.view(part.shape))
+        return [piece.view(part.shape) for part, piece in zip(parts, pieces, strict=True)]
 
     def after_step(self, dead: Tensor | None) -> None:
         """What follows a step on the masters: what belongs to dead groups besides, and the model.
@@ -359,13 +378,12 @@ class _Groups:
         """
         # Where v is zero, q and k are no longer used; they do not count as alive.
         _zero(self.followers, dead)
-        self._copy_back()
+        self.copy_back()
 
-    @torch.no_grad()
     def zero(self, chosen: Tensor) -> None:
-        """Make some groups, indices (int64) or a boolean for each, exactly zero."""
-        _zero((*self.members, *self.followers), chosen)
-        self._copy_back()
+        """Make some groups, a boolean for each, exactly zero."""
+        _zero(self.parts, chosen)
+        self.copy_back()
 
     def dead(self) -> Tensor:
         """Which groups are zero, all entries of them; shape (groups,)."""
@@ -373,9 +391,10 @@ class _Groups:
         alive = (weight != 0).any(dim=1)
         return ~(alive if bias is None else alive | (bias != 0))
 
-    def _copy_back(self) -> None:
-        for part in (*self.members, *self.followers):
-            part.master.copy_back()
+    def copy_back(self) -> None:
+        """Write the masters into the model."""
+        for master in self._copies:
+            master.copy_back()
 
 
 class _PlainBatch:
@@ -399,7 +418,9 @@ class _PlainBatch:
         weight, bias = rows
         self._operator.prox_(weight, threshold * self._groups.scale, bias=bias)
         if not self._groups.plain:
-            self._groups.write(weight)
+            pieces = self._groups.pieces(weight)
+            for part, piece in zip(self._groups.members, pieces, strict=True):
+                part.grouped.copy_(piece)
         self._groups.after_step(~weight.any(dim=1) if self._groups.followers else None)
 
 
@@ -414,22 +435,32 @@ class _AdamBatch:
         self._inner = inner
         self._scale = blocks[0].scale
         self._counts = [groups.count for groups in blocks]
-        # For each member its parts, one a block.
-        self._members = list(zip(*(groups.members for groups in blocks), strict=True))
+        self._members = [part for groups in blocks for part in groups.members]
+        # Several blocks are small ones, where a call costs more than its work: they are copied
+        # into a matrix with a row a group, and their metrics into another.
+        self._matrices: list[Tensor] = []
+        if len(blocks) > 1:
+            width = sum(part.grouped[0].numel() for part in blocks[0].members)
+            empty = self._members[0].grouped.new_empty
+            self._matrices = [empty(sum(self._counts), width) for _ in range(2)]
+            self._values, self._metrics = map(self._pieces, self._matrices)
+
+    def _pieces(self, matrix: Tensor) -> list[Tensor]:
+        """What of a matrix is each member's."""
+        own = zip(self.blocks, matrix.split(self._counts), strict=True)
+        return [piece for groups, rows in own for piece in groups.pieces(rows)]
 
     def load(self) -> _Parts:
         """Views of the masters of one block, or a copy of those of several, and the metric."""
-        values, metrics = [], []
-        for members in self._members:
-            part = members[0].part
-            masters = [member.master for member in members]
-            value = joined([master.tensor for master in masters], part.dim)
-            metric = adam_metric(masters, self._inner, part.dim)
-            values.append(part.grouped(value, sum(self._counts)))
-            metrics.append(part.grouped(metric, sum(self._counts)))
-        if len(self.blocks) > 1:  # small, so that each call costs more than its work
-            values, metrics = ([torch.cat([x.flatten(1) for x in y], 1)] for y in (values, metrics))
-        return values, metrics
+        if not self._matrices:
+            return [part.grouped for part in self._members], [
+                part.metric(self._inner) for part in self._members
+            ]
+        for part, value, metric in zip(self._members, self._values, self._metrics, strict=True):
+            value.copy_(part.grouped)
+            part.metric(self._inner, out=metric)
+        values, metrics = self._matrices
+        return [values], [metrics]
 
     def dual_norms(self, parts: _Parts) -> Sequence[Tensor]:
         """As `_PlainBatch.dual_norms`."""
@@ -438,9 +469,9 @@ class _AdamBatch:
     def shrink(self, threshold: float, parts: _Parts) -> None:
         """As `_PlainBatch.shrink`."""
         dead = self._operator.prox_diagonal_(*parts, threshold * self._scale)
-        if len(self.blocks) > 1:
-            for groups, rows in zip(self.blocks, parts[0][0].split(self._counts), strict=True):
-                groups.write(rows)
+        if self._matrices:
+            for part, value in zip(self._members, self._values, strict=True):
+                part.grouped.copy_(value)
         for groups, own in zip(self.blocks, dead.split(self._counts), strict=True):
             groups.after_step(own)
 

@@ -76,7 +76,7 @@ class AutosizeMixin(FairseqTask):
     _meters: tuple[str, ...] = ()
     _counts: tuple[int, dict[str, float]] | None = None  # (update, what was counted then)
     _alive: Mapping[str, list[int]] = MappingProxyType({})  # by kind, as last logged
-    _averaged: tuple[nn.Module, Mapping[str, list[torch.Tensor]]] | None = None  # and its `_views`
+    _averaged: Mapping[str, torch.Tensor] | None = None  # held dead that are zero in the average
     _update_num: int = 0
     _nothing_left: bool = False  # as compaction leaves a model in which all are dead
     _best_metric: str | None = None  # one of AFTER_FREEZE, in a training that asks for it
@@ -235,9 +235,10 @@ class AutosizeMixin(FairseqTask):
                 self._restored_optimizer = optimizer
             # From now on they are out of date.
             self._restored = {k: v for k, v in self._restored.items() if k != "prox_precision"}
-        held = {} if ema_model is None or self._proximal is None else self._proximal.held()
-        if held:
+        held = None if ema_model is None or self._proximal is None else self._proximal.held
+        if held is not None and held is not self._averaged:
             self._zero(ema_model, held)
+            self._averaged = held  # once: an average of zeros stays zero
         try:
             return super().train_step(sample, model, criterion, optimizer, *args, **kwargs)
         except StopIteration as error:
@@ -274,21 +275,10 @@ class AutosizeMixin(FairseqTask):
 
     @torch.no_grad()
     def _zero(self, model: nn.Module, held: Mapping[str, torch.Tensor]) -> None:
-        if self._averaged is None or self._averaged[0] is not model:
-            # Kept, since to walk all modules takes longer than to write the zeros.
-            self._averaged = model, self._views(model)
-        for name, dead in held.items():
-            for view in self._averaged[1][name]:
-                view.index_fill_(0, dead, 0)
-
-    def _views(self, model: nn.Module) -> dict[str, list[torch.Tensor]]:
-        """What belongs to a model's groups, a group an index, by the blocks' names."""
-        views = {}
         for block in blocks_in_model(model, self.settings.groups):
             groups = block.groups(self.settings.bias, self.settings.couple)
-            parts = (*groups.members, *groups.followers)
-            views[block.name] = [part.grouped(part.parameter, groups.count) for part in parts]
-        return views
+            for part in (*groups.members, *groups.followers) if block.name in held else ():
+                part.grouped(part.parameter, groups.count).index_fill_(0, held[block.name], 0)
 
     def get_checkpoint_dict(self) -> dict[str, Any]:
         """State for the checkpoint's extra_state; fairseq looks it up under the class' name."""
@@ -629,6 +619,8 @@ class AutosizeMixin(FairseqTask):
         """Register the counts with fairseq's meters, which ask for them when they are shown."""
         if self._proximal is None:
             return
+        if all(self._meters[-1] in meters for meters in metrics.get_active_aggregators()):
+            return  # all of them are there, and to see this takes less than to log them again
         for key in self._meters:
             metrics.log_derived(key, lambda _, key=key: self._count()[key], priority=60)
 
