@@ -126,8 +126,9 @@ class AutosizeConfig(FairseqDataclass):
             "help": "number of updates (> --prox-start-update), or share of --max-update "
             "(0 < F < 1), after which nothing is shrunk any more: dead neurons stay exactly zero, "
             "and the others are refitted. 'auto': once the dead have been the same for "
-            "--prox-freeze-patience updates. Default: never; with a target, once the warm-up and "
-            f"{DEFAULT_FREEZE} of the updates from there to --max-update are over"
+            "--prox-freeze-patience updates. Default: never; with a target, once the warm-up (or "
+            f"--prox-start-update, if later) and {DEFAULT_FREEZE} of the updates from there to "
+            "--max-update are over"
         },
     )
     prox_freeze_patience: int = field(
@@ -266,7 +267,7 @@ class Settings:
         Args:
             max_update: the training's length; 0 if it is open.
             begin: updates after which a target's default share counts: those of the warm-up, or
-                of a run that goes on.
+                of a run that goes on; those before `start_update` do not count either.
 
         Raises:
             ConfigError: a share of an open training, or a start that is not before the freeze.
@@ -281,7 +282,8 @@ class Settings:
                 f"the freeze is to come after {share:g} of the updates, and --max-update is not "
                 "given: give it, or --prox-freeze-update a number of updates"
             )
-        begin = min(begin, max_update) if self.freeze_share is None else 0
+        default = self.freeze_share is None
+        begin = min(max(begin, self.start_update), max_update) if default else 0
         freeze = begin + round(share * (max_update - begin))
         if not freeze:
             raise ConfigError(

@@ -256,6 +256,8 @@ def test_processes_of_torchrun_that_would_train_alone_are_refused(monkeypatch):
         ({"prox_target_sparsity": 0.5}, 100, 0, 20),
         ({"prox_target_sparsity": 0.5}, 100, 40, 52),
         ({"prox_target_parameters": 0.5}, 100, 4000, 100),
+        ({"prox_target_sparsity": 0.5, "prox_start_update": 50}, 100, 40, 60),
+        ({"prox_target_sparsity": 0.5, "prox_start_update": 30}, 100, 40, 52),
         ({"prox_target_sparsity": 0.5, "prox_freeze_update": "0.3"}, 100, 40, 30),
         ({"prox_target_sparsity": 0.5, "prox_freeze_update": "100"}, 100, 40, 100),
         ({"prox_target_parameters": 0.5, "prox_freeze_update": "7"}, 0, 0, 7),
@@ -275,9 +277,14 @@ def test_when_the_freeze_comes(options, max_update, warmup, freeze):
             r"after 0\.3 of the updates, and --max-update is not",
         ),
         (
-            {"prox_start_update": 20},
+            {"prox_start_update": 20, "prox_freeze_update": "0.2"},
             100,
             r"--prox-start-update 20: .* ends after 20 of 100",
+        ),
+        (
+            {"prox_start_update": 98},
+            100,
+            r"--prox-start-update 98: .* ends after 98 of 100",
         ),
     ],
 )

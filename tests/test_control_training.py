@@ -194,6 +194,24 @@ def test_target_counts_what_compaction_has_removed(
     assert total - dead == left
 
 
+def test_target_of_every_layer_counts_layers_that_are_gone(corpus, run, tmp_path):
+    """A tenth of the parameters from the layers that are left takes the same share of each."""
+    train = (*TRAIN, corpus, "--prox", "l21", "--save-dir", tmp_path)
+    target = ("--prox-target-parameters", "0.1", "--prox-target-scope", "layer")
+    run(*train, "--max-update", "4")
+    last = tmp_path / "checkpoint_last.pt"
+    checkpoint = read_checkpoint(last)
+    first = feed_forward_in_state(checkpoint["model"])[0]
+    for part in (first.fc1_weight, first.fc1_bias):
+        part.zero_()
+    write_checkpoint(compact(checkpoint, keep_optimizer=True).checkpoint, last, force=True)
+    widths = ("--arch", "transformer_autosize", "--encoder-ffn-dims", "0,24")
+    output = run(*train, *target, *widths, "--max-update", "20").stdout
+    assert "9 9 9 of them dead, layer by layer, after 12 updates" in output
+    alive = [layer["alive"] for layer in count_neurons(read_checkpoint(last))["layers"]]
+    assert alive == [0, 15, 15, 15]
+
+
 def test_target_that_cannot_be_met_ends_the_start(corpus, tmp_path):
     options = ["--prox", "l21", "--prox-target-parameters", "0.9", "--max-update", "2"]
     result = run_program(*TRAIN, corpus, *options, "--save-dir", tmp_path)

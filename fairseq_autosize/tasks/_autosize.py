@@ -458,9 +458,10 @@ class AutosizeMixin(FairseqTask):
             share = settings.target_parameters
             wanted = share * parameters_before
             removed = parameters_before - parameters
-            largest = sum(cost * block.count for cost, block in zip(costs, blocks, strict=True))
-            if wanted > largest + removed:
-                most = (largest + removed) / parameters_before
+            whole = removed  # of all groups, with those of layers that are gone
+            whole += sum(cost * block.count for cost, block in zip(costs, blocks, strict=True))
+            if wanted > whole:
+                most = whole / parameters_before
                 raise ConfigError(
                     f"--prox-target-parameters {share}: the groups of --prox-groups "
                     f"{','.join(settings.groups)} have {most:.3f} of the model's parameters; ask "
@@ -469,7 +470,6 @@ class AutosizeMixin(FairseqTask):
             if not settings.target_by_layer:
                 return (Goal(wanted - removed, costs),)
             sizes = [counts[block.name] for block in blocks]
-            whole = sum(cost * size for cost, size in zip(costs, sizes, strict=True))
             numbers = [math.ceil(round(size * wanted / whole, 6)) for size in sizes]
         else:
             return ()
