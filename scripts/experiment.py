@@ -250,6 +250,7 @@ def main() -> int:
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
     )
     args = parse_args()
+    pipeline.end_with_commands()
     record = json.loads((args.data / "prepare.json").read_text())
     failed = False
     results: dict[str, dict] = {}

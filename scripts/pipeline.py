@@ -3,7 +3,10 @@
 import os
 import platform
 import re
+import signal
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -22,6 +25,27 @@ class RunError(Exception):
     """A setting or a command that failed; the message says which and where its log is."""
 
 
+# What `execute` waits for, in whichever thread.
+_running: set[subprocess.Popen] = set()
+_ending = threading.Event()
+
+
+def end_with_commands() -> None:
+    """From now on SIGTERM ends the commands that run, too, and then this process.
+
+    They would go on alone in their folders, where the next start finds nobody at work. The terminal
+    sends Ctrl-C to all by itself.
+    """
+
+    def end(number: int, _: object) -> None:
+        _ending.set()
+        for process in tuple(_running):
+            process.terminate()
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+
+
 def execute(command: Sequence[str], log: Path, append: bool = False) -> tuple[float, float]:
     """Run a command with its output in a file.
 
@@ -29,15 +53,21 @@ def execute(command: Sequence[str], log: Path, append: bool = False) -> tuple[fl
         Its CPU seconds (user and system) and wall seconds.
 
     Raises:
-        RunError: it ended with another status than 0.
+        RunError: it ended with another status than 0, or this process has been told to end.
     """
+    if _ending.is_set():
+        raise RunError(f"{log}: not begun, since this program was told to end")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     start = time.monotonic()
     with log.open("a" if append else "w") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment
         )
-        _, status, usage = os.wait4(process.pid, 0)
+        _running.add(process)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        finally:
+            _running.discard(process)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         told = log.read_text(errors="replace").strip().rpartition("\n")[2]

@@ -1,11 +1,14 @@
 """scripts/grid.py: what a run's settings become, what a grid leaves behind, and how it fails."""
 
 import argparse
+import contextlib
 import importlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -376,12 +379,57 @@ def test_a_grid_runs_resumes_and_tells_what_failed(tmp_path, prepared):
     assert result.stat().st_mtime_ns == before
 
 
+@pytest.mark.heavy
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_grid_that_is_told_to_end_leaves_no_training_behind(jobs, tmp_path, prepared):
+    content = {
+        "defaults": ["base", {"override hydra/launcher": "joblib"}, "_self_"],
+        "output": "out",
+        "datasets": {"tiny": {"path": str(prepared)}},
+        "runs": {"endless": None},
+        "train": {**TINY, "cpu": True, "max-update": 10**6, "validate-interval-updates": 10**6},
+        "hydra": {
+            "launcher": {"n_jobs": jobs},
+            "sweeper": {"params": {"data": "tiny", "run": "endless", "seed": "1,2"}},
+        },
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+
+    def trainings() -> int:
+        found = 0
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended
+                words = (process / "cmdline").read_bytes()
+                here = (process / "cwd").resolve() == tmp_path
+                found += here and b"fairseq_cli.train" in words
+        return found
+
+    def wait_until(number: int) -> None:
+        end = time.monotonic() + 120
+        while trainings() != number and time.monotonic() < end:
+            time.sleep(0.2)
+        assert trainings() == number
+
+    with (tmp_path / "log").open("w") as log:
+        command = [sys.executable, SCRIPTS / "grid.py", "mine.yaml"]
+        grid = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
+        try:
+            wait_until(jobs)
+        finally:
+            grid.terminate()
+        assert grid.wait(60) == 128 + signal.SIGTERM
+    wait_until(0)
+
+
 def test_usage_and_a_missing_file(tmp_path):
     (tmp_path / "mine.yml").touch()
+    (tmp_path / "mine.yaml").touch()
+    (tmp_path / "data").mkdir()
     for words, status, told in (
         ([], 2, "python scripts/grid.py GRID.yaml"),
         (["absent.yaml"], 2, "absent.yaml: no such file"),
         (["mine.yml"], 2, "mine.yml: Hydra reads *.yaml only; rename it"),
+        (["mine.yaml"], 2, "mine.yaml: there is a folder data beside it, which Hydra takes"),
     ):
         command = [sys.executable, SCRIPTS / "grid.py", *words]
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
