@@ -110,3 +110,32 @@ def bleu_against_strength(
     for number, (name, score) in enumerate(levels.items()):
         axes.axhline(score, color=str(0.3 + 0.2 * number), linestyle=":", label=name)
     save(path, axes, title, "λ, in units of the operator's default", f"BLEU ({split})")
+
+
+def gain_over_pairs(
+    gained: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]], title: str, path: Path
+) -> None:
+    """What a score is above the dense model's against the number of training pairs.
+
+    Args:
+        gained: measure -> run -> pairs -> gains, one a seed; each is a point, their means a line.
+    """
+    figure, panels = pyplot.subplots(1, len(gained), figsize=(6.4, 3.2), layout="constrained")
+    for axes, (measure, runs) in zip(panels, gained.items(), strict=True):
+        for number, (run, by_pairs) in enumerate(runs.items()):
+            points = sorted(by_pairs.items())
+            middle = [(n, mean(each)) for n, each in points]
+            axes.plot(*zip(*middle, strict=True), "o-", label=run)
+            singles = [(n * (1 + 0.03 * number), gain) for n, each in points for gain in each]
+            axes.plot(*zip(*singles, strict=True), ".", color=axes.lines[-1].get_color(), alpha=0.5)
+        axes.axhline(0, color="0.3", linewidth=0.8)
+        axes.set(xscale="log", xlabel="training pairs", ylabel=f"{measure} more than dense")
+        axes.set_xticks(sizes := sorted({n for runs_ in runs.values() for n in runs_}))
+        axes.set_xticklabels([f"{n:,}" for n in sizes], fontsize="x-small", rotation=30)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    figure.suptitle(title)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

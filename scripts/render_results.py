@@ -7,14 +7,17 @@ Each JSON file is the results.json of one scripts/experiment.py, or, with a "kin
 scripts/grid.py, bench_inference.py or compare_engines.py wrote. Its tables replace what stands in a
 page between `<!-- table NAME -->` (for a grid `<!-- grid NAME -->`) and `<!-- end -->`; NAME is the
 file's name without `.json`. `<!-- targets NAME NAME ... -->` puts one table of requested and
-reached sparsities there, `<!-- seeds NAME NAME ... -->` the means of runs with several seeds.
+reached sparsities there, `<!-- seeds NAME NAME ... -->` the means of runs with several seeds, and
+`<!-- gains NAME NAME ... -->` what several grids gain over the dense model.
 
 Those figures are drawn that a page shows: NAME.png, the neurons alive over the updates; for a grid
-also NAME-layers.png, what is left in each layer, and NAME-size.png, size against BLEU. --check
-writes nothing and fails if a table on a page is not up to date.
+also NAME-layers.png, what is left in each layer, and NAME-size.png, size against BLEU; gains.png,
+what is gained against the number of pairs. --check writes nothing and fails if a table on a page is
+not up to date.
 """
 
 import argparse
+import itertools
 import json
 import logging
 import re
@@ -34,6 +37,11 @@ from experiment import RUN, by_kind_and_value, table
 from fairseq_autosize.strength import default_strength
 
 DOCS = Path(__file__).parent.parent / "docs"
+
+# Rows of a grid that `gains` compares with its dense model.
+WAYS = ("narrow", "l21-target", "l21-target-adam")
+# Grids of one model on data of several sizes.
+SIZES = ("multi30k-3000", "multi30k-sizes")
 
 
 def section(path: Path) -> str:
@@ -128,10 +136,51 @@ def seeds(paths: list[Path]) -> str:
     return "\n".join([benchmark_operators.table(rows), "", *notes])
 
 
+def gains(paths: list[Path]) -> str:
+    """BLEU and chrF of the dense model, and what others of WAYS gain, a row a test set.
+
+    A gain is the difference of the means over the seeds that both have.
+    """
+    parts = []
+    for measure, short in (("BLEU", "BLEU"), ("chrF2", "chrF")):
+        rows = []
+        for path in paths:
+            scores = grid_scores(path, measure)
+            for data, split in dict.fromkeys((data, split) for data, _, split in scores):
+                dense = scores[data, "dense", split]
+                row = {"data": data, "test set": split, "seeds": len(dense)}
+                row[f"{short}, dense"] = f"{mean(dense.values()):.1f}"
+                for way in WAYS:
+                    row[way] = gain(scores.get((data, way, split), {}), dense)
+                rows.append(row)
+        parts.append(benchmark_operators.table(rows))
+    return "\n\n".join(parts)
+
+
+def gain(scores: Mapping[int, float], dense: Mapping[int, float]) -> str:
+    """A mean score and what it has more than the dense model's with the same seeds."""
+    both = [seed for seed in scores if seed in dense]
+    if not both:
+        return ""
+    more = mean(scores[seed] for seed in both) - mean(dense[seed] for seed in both)
+    fewer = f" (seed {' '.join(map(str, both))})" if len(both) < len(dense) else ""
+    return f"{mean(scores[seed] for seed in both):.1f}, **{round(more, 1) + 0.0:+.1f}**{fewer}"
+
+
+def grid_scores(path: Path, measure: str) -> dict[tuple[str, str, str], dict[int, float]]:
+    """The scores of a grid on its test sets: (data, run, test set) -> seed -> score."""
+    found: dict[tuple[str, str, str], dict[int, float]] = {}
+    for result in json.loads(path.read_text(encoding="utf-8"))["results"]:
+        for split, score in result["scores"].items():
+            if split != "valid":
+                key = result["data"], result["run"], split
+                found.setdefault(key, {})[result["seed"]] = score[measure]["score"]
+    return found
+
+
 def page(text: str) -> str:
     """The page with every table replaced; a marker without a file of results is an error."""
-
-    several = {"targets": targets, "seeds": seeds, "grid": grid}
+    several = {"targets": targets, "seeds": seeds, "grid": grid, "gains": gains}
 
     def replace(match: re.Match) -> str:
         kind, names = match[1], match[2].split()
@@ -139,9 +188,8 @@ def page(text: str) -> str:
         content = section(*paths) if kind == "table" else several[kind](paths)
         return f"<!-- {kind} {match[2]} -->\n{content}\n<!-- end -->"
 
-    return re.sub(
-        r"<!-- (table|targets|seeds|grid) (.+?) -->\n.*?<!-- end -->", replace, text, flags=re.S
-    )
+    kinds = "|".join(["table", *several])
+    return re.sub(rf"<!-- ({kinds}) (.+?) -->\n.*?<!-- end -->", replace, text, flags=re.S)
 
 
 def grid_commands(summary: Mapping[str, Any]) -> list[str]:
@@ -233,6 +281,22 @@ def draw_grid(summary: Mapping[str, Any], path: Path, shown: Container[str]) -> 
             figures.size_against_bleu(groups, "test", data, size)
 
 
+def draw_gains(path: Path) -> None:
+    """What is gained over the dense model against the number of pairs, on Multi30k."""
+    import figures
+
+    gained: dict[str, dict[str, dict[int, list[float]]]] = {}
+    for measure, name in itertools.product(("BLEU", "chrF2"), SIZES):
+        scores = grid_scores(DOCS / "results" / f"{name}.json", measure)
+        for data, way in dict.fromkeys((data, run) for data, run, _ in scores if run in WAYS):
+            splits = [split for d, run, split in scores if (d, run) == (data, way)]
+            gained.setdefault(measure, {}).setdefault(way, {})[int(data.split("-")[-1])] = [
+                mean(scores[data, way, s][seed] - scores[data, "dense", s][seed] for s in splits)
+                for seed in scores[data, way, splits[0]]
+            ]
+    figures.gain_over_pairs(gained, "Multi30k De-En, 1,024 neurons a layer", path)
+
+
 def draw_gallery(name: str) -> None:
     """The figures of docs/gallery.md: those of the paper that one experiment can redraw."""
     import figures
@@ -281,6 +345,7 @@ def main() -> int:
         for name in sorted(set(re.findall(r"<!-- (?:table|seeds|grid) (\S+)", pages))):
             draw(DOCS / "results" / f"{name}.json", shown)
         draw_gallery("multi30k-de-en")
+        draw_gains(DOCS / "results" / "gains.png")
     return int(stale)
 
 

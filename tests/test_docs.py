@@ -1,5 +1,6 @@
 """The pages agree with the code, and the README's commands run."""
 
+import importlib
 import json
 import re
 import runpy
@@ -22,6 +23,26 @@ def test_options_page_is_up_to_date():
 def test_tables_of_results_are_up_to_date():
     script = ROOT / "scripts" / "render_results.py"
     subprocess.run([sys.executable, script, "--check"], check=True)
+
+
+def test_gains_compare_the_seeds_that_both_have(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    scores = {("dense", 1): 10, ("dense", 2): 20, ("narrow", 1): 13, ("narrow", 2): 18.98}
+    scores |= {("l21-target", 2): 25, ("l21-target", 3): 90, ("magnitude", 1): 50}
+    results = [
+        {
+            "data": "xx-yy",
+            "run": run,
+            "seed": seed,
+            "scores": {"valid": None, "test": {m: {"score": score} for m in ("BLEU", "chrF2")}},
+        }
+        for (run, seed), score in scores.items()
+    ]
+    (tmp_path / "grid.json").write_text(json.dumps({"results": results}))
+    gains = importlib.import_module("render_results").gains
+    bleu, chrf = gains([tmp_path / "grid.json"]).split("\n\n")
+    row = "| xx-yy | test | 2 | 15.0 | 16.0, **+1.0** | 25.0, **+5.0** (seed 2) |  |"
+    assert bleu.splitlines()[-1] == chrf.splitlines()[-1] == row
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
