@@ -248,15 +248,18 @@ def _describe(
         architecture += [f"--{side}-ffn-embed-dim {w[0]}" for side, w in result.widths.items()]
     else:
         architecture += result.width_options()
-    start = "--restore-file" if arguments.keep_optimizer else "--finetune-from-model"
+    # In a training of its own a target would count from the small model, and prune it again.
+    start, prox, others = "--finetune-from-model", " --prox none", "the other options"
+    if arguments.keep_optimizer:
+        start, prox, others = "--restore-file", "", "all other options"
     program = "fairseq-generate" if result.translates else "fairseq-eval-lm"
     output = shlex.quote(str(arguments.output))
     lines += [
         "",
         f"use it:   {program} DATA --user-dir fairseq_autosize --path {output} ...",
         "train on: fairseq-train DATA --user-dir fairseq_autosize --save-dir NEW_FOLDER "
-        f"{' '.join(architecture)} {start} {output} ...",
-        "          (...: the other options as in the training, the sizes of the model among them)",
+        f"{' '.join(architecture)} {start} {output}{prox} ...",
+        f"          (...: {others} as in the training, the sizes of the model among them)",
     ]
     return "\n".join(lines) + "\n"
 

@@ -3,18 +3,19 @@
 #
 #   bash scripts/demo.sh                                  # about six minutes on 2 cores
 #   bash scripts/demo.sh --data multi30k-de-en            # the same on a real pair
-#   bash scripts/demo.sh --data mafand-hau-en --source DIR --out DIR --updates N --prox linf1
+#   bash scripts/demo.sh --data mafand-hau-en --source DIR --out DIR --updates N --prox linf1@0.3
 #
 # --data     a name that scripts/prepare_data.py knows (default: embedded)
 # --source   folder or address of that data (default: its public address)
 # --out      where everything goes (default: runs/demo-NAME; a finished demo is not repeated)
 # --updates  updates of each model (default: 800; real pairs: 1440)
-# --prox     l21 (default) or linf1; with :STRENGTH to set it, such as l21:1.5
+# --prox     l21@0.5 (default): half of the neurons go; linf1@0.5, l21@0.7 and so on, or with a
+#            strength in place of a target: l21 (its default), l21:1.5
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-usage() { sed -n '2,12p' "${BASH_SOURCE[0]}" | cut -c3-; }
-data=embedded source='' out='' updates='' prox=l21
+usage() { sed -n '2,13p' "${BASH_SOURCE[0]}" | cut -c3-; }
+data=embedded source='' out='' updates='' prox=l21@0.5
 while [[ $# -gt 0 ]]; do
     case $1 in
         -h | --help) usage && exit 0 ;;

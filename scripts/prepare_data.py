@@ -382,7 +382,8 @@ def print_usage(args: argparse.Namespace, subsets: dict[str, str]) -> None:
     user_dir = shlex.quote(str(Path(__file__).resolve().parent.parent / "fairseq_autosize"))
     common += f" --user-dir {user_dir} --required-batch-size-multiple 1"
     print(f"\nReady: {args.dest} (what was done: prepare.json). Train and translate with")
-    print(f"  fairseq-train {common} --prox l21 --share-all-embeddings ...")
+    options = "--share-all-embeddings --prox l21 --prox-target-sparsity 0.5 --max-update N"
+    print(f"  fairseq-train {common} {options} ...")
     for subset, split in subsets.items():
         options = f"--gen-subset {subset} --beam 5{REMOVE_BPE[args.bpe]}"
         reference = f"{dest}/raw/{split}.{args.target_lang}"

@@ -137,7 +137,7 @@ def test_commands_to_go_on_with_can_be_pasted(build, program, tmp_path, capsys):
     use, train = capsys.readouterr().out.splitlines()[-3:-1]
     assert use.startswith(f"use it:   {program} DATA --user-dir fairseq_autosize ")
     assert use.endswith(f" --path '{out}' ...")
-    assert train.endswith(f" --finetune-from-model '{out}' ...")
+    assert train.endswith(f" --finetune-from-model '{out}' --prox none ...")
 
 
 def test_sizes_are_told_where_the_input_is_replaced(saved, capsys):

@@ -294,6 +294,22 @@ def test_targets_need_an_end(options, max_update, message):
         chosen.freeze_of(max_update)
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "warmup"),
+    [
+        ({"_name": "inverse_sqrt", "warmup_updates": 30}, 30),
+        ({"_name": "fixed", "warmup_updates": None}, 0),
+        ({"_name": "triangular"}, 0),
+        ({"_name": "tri_stage", "warmup_steps": 20, "phase_ratio": None}, 20),
+        ({"_name": "tri_stage", "warmup_steps": 20, "phase_ratio": (0.1, 0.6, 0.3)}, 40),
+    ],
+)
+def test_the_warm_up_of_each_schedule(scheduler, warmup):
+    root = SimpleNamespace(lr_scheduler=SimpleNamespace(**scheduler))
+    task = SimpleNamespace(_whole_config=root, _max_update=400)
+    assert AutosizeMixin._warmup.fget(task) == warmup
+
+
 def test_linf1_has_no_default_strength_for_groups_of_different_sizes():
     blocks = [
         FeedForward("x", "encoder-ffn", torch.ones(4, n), torch.ones(4), torch.ones(n, 4))

@@ -339,7 +339,14 @@ class AutosizeMixin(FairseqTask):
     @property
     def _warmup(self) -> int:
         root = self._whole_config
-        return (getattr(root.lr_scheduler, "warmup_updates", 0) or 0) if root is not None else 0
+        if root is None:
+            return 0
+        scheduler = root.lr_scheduler
+        if scheduler._name == "tri_stage":  # by names of its own
+            if scheduler.phase_ratio is not None:
+                return int(self._max_update * scheduler.phase_ratio[0])
+            return scheduler.warmup_steps
+        return getattr(scheduler, "warmup_updates", 0) or 0
 
     def _freeze_update(self) -> int | None:
         """When the run freezes, if that is planned; a share stays what it was at the start."""
