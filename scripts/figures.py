@@ -75,6 +75,23 @@ def alive_by_layer(results: Mapping[str, Result], title: str, path: Path) -> Non
     pyplot.close(figure)
 
 
+def bleu_over_updates(results: Mapping[str, Result], title: str, path: Path) -> None:
+    """BLEU and loss of the validations over the updates, of runs that chose by BLEU."""
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(6.4, 3.2), layout="constrained")
+    for run, result in results.items():
+        bleu = sorted((int(n), score) for n, score in result["BLEU valid"].items())
+        losses = [(p["update"], p["valid_loss"]) for p in result["history"] if "valid_loss" in p]
+        left.plot(*zip(*bleu, strict=True), "o-", label=run)
+        right.plot(*zip(*sorted(losses), strict=True), "o-")
+    for axes, measure in ((left, "BLEU"), (right, "loss")):
+        axes.set(xlabel="updates", ylabel=f"{measure} (validation)")
+        axes.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
 def size_against_bleu(
     groups: Mapping[str, Sequence[Result]], split: str, title: str, path: Path
 ) -> None:

@@ -11,9 +11,10 @@ reached sparsities there, `<!-- seeds NAME NAME ... -->` the means of runs with 
 `<!-- gains NAME NAME ... -->` what several grids gain over the dense model.
 
 Those figures are drawn that a page shows: NAME.png, the neurons alive over the updates; for a grid
-also NAME-layers.png, what is left in each layer, and NAME-size.png, size against BLEU; gains.png,
-what is gained against the number of pairs. --check writes nothing and fails if a table on a page is
-not up to date.
+also NAME-layers.png, what is left in each layer, NAME-size.png, size against BLEU, and
+NAME-bleu.png, BLEU and loss of the validations over the updates (`select: bleu`); gains.png, what
+is gained against the number of pairs. --check writes nothing and fails if a table on a page is not
+up to date.
 """
 
 import argparse
@@ -259,7 +260,7 @@ def draw(path: Path, shown: Container[str]) -> None:
 
 
 def draw_grid(summary: Mapping[str, Any], path: Path, shown: Container[str]) -> None:
-    """NAME.png, NAME-layers.png and NAME-size.png, for each data set if there are several."""
+    """NAME.png, and NAME-layers.png and so on, for each data set if there are several."""
     import figures
 
     names = list(dict.fromkeys(result["data"] for result in summary["results"]))
@@ -270,8 +271,8 @@ def draw_grid(summary: Mapping[str, Any], path: Path, shown: Container[str]) -> 
             if result["data"] == data:
                 groups.setdefault(result["run"], []).append(result)
         first = {run: results[0] for run, results in groups.items()}
-        over_updates, layers, size = (
-            path.with_name(f"{stem}{figure}.png") for figure in ("", "-layers", "-size")
+        over_updates, layers, size, bleu = (
+            path.with_name(f"{stem}{figure}.png") for figure in ("", "-layers", "-size", "-bleu")
         )
         if over_updates.name in shown:
             figures.alive_over_updates(first, data, over_updates)
@@ -279,6 +280,8 @@ def draw_grid(summary: Mapping[str, Any], path: Path, shown: Container[str]) -> 
             figures.alive_by_layer(first, data, layers)
         if size.name in shown:
             figures.size_against_bleu(groups, "test", data, size)
+        if bleu.name in shown:
+            figures.bleu_over_updates(first, data, bleu)
 
 
 def draw_gains(path: Path) -> None:
