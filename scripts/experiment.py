@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pipeline
+import portalocker
 from benchmark_operators import cpu_name
 from pipeline import RunError
 from prepare_data import REMOVE_BPE
@@ -141,8 +142,8 @@ def perform(run: str, data: Path, record: dict, args: argparse.Namespace) -> dic
         log = folder / f"{split}.out"
         generate = [*fairseq, "fairseq_cli.generate", *corpus]
         generate += ["--path", str(checkpoint), "--gen-subset", subset, *cpu]
-        generate += ["--required-batch-size-multiple", "1", *remove_bpe, *args.generate_args]
-        pipeline.execute([*generate, "--max-tokens", "4000"], log)
+        generate += ["--required-batch-size-multiple", "1", *remove_bpe, "--max-tokens", "4000"]
+        pipeline.execute([*generate, *args.generate_args], log)
         references = pipeline.lines_of(data / "raw" / f"{split}.{target}")
         found = pipeline.scores(pipeline.hypotheses(log, len(references)), references)
         result["scores"][split] = found
@@ -250,6 +251,13 @@ def main() -> int:
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
     )
     args = parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    lock = portalocker.Lock(args.out / "lock", fail_when_locked=True)  # until this process ends
+    try:
+        lock.acquire()
+    except portalocker.AlreadyLocked:
+        print(f"experiment.py: error: OUT {args.out}: another process is at it", file=sys.stderr)
+        return 2
     pipeline.end_with_commands()
     record = json.loads((args.data / "prepare.json").read_text())
     failed = False

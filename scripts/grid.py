@@ -13,6 +13,7 @@ translations and result.json. Finished runs are not repeated, interrupted ones g
 were, and one that fails does not stop the others. OUTPUT/results.json collects all.
 """
 
+import importlib.util
 import json
 import logging
 import math
@@ -21,6 +22,7 @@ import re
 import shlex
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +58,7 @@ TYPED = "GRID_COMMAND"
 # Of the process that waits; not in the callback, which Hydra sends to those that work.
 _ended = threading.Event()
 _watchers: list[threading.Thread] = []
+_earlier: dict[Path, int] = {}  # failures of earlier starts
 
 logger = logging.getLogger("grid")
 
@@ -99,7 +102,34 @@ def settings_of(config: DictConfig) -> dict[str, Any]:
     for key, choices in (("select", SELECT), ("keep", KEEP)):
         if resolved[key] not in choices:
             raise RunError(f"{key} {resolved[key]}: must be one of {', '.join(choices)}")
+    if resolved["prune"]:
+        check_pruning(resolved["prune"], resolved["train"]["max-update"])
     return {"path": str(path)} | {name: resolved[name] for name in names}
+
+
+def pruning_script(method: str) -> Path:
+    """The script that prunes with another tool."""
+    return Path(__file__).parent / f"prune_with_{method.replace('-', '_')}.py"
+
+
+def check_pruning(prune: Mapping[str, Any], updates: int) -> None:
+    """Refuse what would fail only when a training has come to it.
+
+    Raises:
+        RunError: naming the key and what is allowed.
+    """
+    if set(prune) != {"method", "sparsity", "update"}:
+        raise RunError(f"prune has {', '.join(prune)}; it takes method, sparsity and update")
+    method, sparsity, update = prune["method"], prune["sparsity"], prune["update"]
+    if not pruning_script(str(method)).is_file():
+        raise RunError(f"prune.method {method}: there is no {pruning_script(str(method))}")
+    if not (isinstance(sparsity, float) and 0 < sparsity < 1):
+        raise RunError(f"prune.sparsity {sparsity}: must be a share between 0 and 1")
+    if not (isinstance(update, int) and 0 < update < updates):
+        raise RunError(f"prune.update {update}: must be a number of updates below {updates}")
+    module = str(method).replace("-", "_")
+    if importlib.util.find_spec(module) is None:
+        raise RunError(f"prune.method {method}: {module} is not installed")
 
 
 def options(chosen: Mapping[str, Any]) -> list[str]:
@@ -153,8 +183,8 @@ class Translated:
 class Run:
     """One run in its folder: train, choose a checkpoint, translate, score."""
 
-    def __init__(self, settings: dict[str, Any], folder: Path) -> None:
-        self.settings, self.folder = settings, folder
+    def __init__(self, settings: dict[str, Any], folder: Path, lock: int | None = None) -> None:
+        self.settings, self.folder, self.lock = settings, folder, lock
         self.data = Path(settings["path"])
         for path in (folder, self.data):
             if os.pathsep in str(path):
@@ -222,12 +252,44 @@ class Run:
                     path.unlink()
         return result
 
-    def _claim(self) -> None:
-        """Note the settings in the folder, or see that it has the same."""
+    def check_same(self) -> None:
+        """See that what the folder has, if anything, is of these settings and data.
+
+        Raises:
+            RunError: it is not.
+        """
         noted = self.folder / "settings.json"
-        if noted.exists() and json.loads(noted.read_text()) != self.settings:
-            raise RunError(f"{noted} has other settings; choose another output, or remove it")
-        write_json(noted, self.settings)
+        if not noted.exists():
+            return
+        found = json.loads(noted.read_text())
+        prepared = found.pop("prepared", None)  # which earlier versions did not note
+        cure = "choose another output, or remove that folder"
+        if found != self.settings:
+            told = "keys swept beside data, run and seed need a place in hydra.sweep.subdir"
+            raise RunError(f"{self.folder} has a run of other settings; {cure} ({told})")
+        if prepared not in (None, self._prepared):
+            raise RunError(f"{self.folder} has a run on other data than now in {self.data}; {cure}")
+
+    @property
+    def _prepared(self) -> dict[str, Any]:
+        """What identifies the data."""
+        return {key: self.record.get(key) for key in ("languages", "bpe", "vocab_size", "sha256")}
+
+    def _claim(self) -> None:
+        """Note the settings in the folder, unless it has something of others."""
+        noted = self.folder / "settings.json"
+        if not self._has("trained", "result") and not any(self.folder.glob("checkpoint*.pt")):
+            (self.folder / "train.log").unlink(missing_ok=True)  # of a start that came to nothing
+        elif not noted.exists():
+            raise RunError(
+                f"{self.folder} has a run, but not its settings.json; remove that folder"
+            )
+        else:
+            self.check_same()
+        write_json(noted, {**self.settings, "prepared": self._prepared})
+
+    def _has(self, *names: str) -> bool:
+        return any((self.folder / f"{name}.json").exists() for name in names)
 
     def _corpus(self) -> list[str]:
         source, target = self.record["languages"]
@@ -256,15 +318,19 @@ class Run:
                 wanted = {"best-checkpoint-metric": "loss_after_freeze"} | wanted
             commands.append([*program, *options(wanted)])
             log = self.folder / "train.log"
-            used = pipeline.execute(commands[-1], log, append=log.exists())
+            used = pipeline.execute(commands[-1], log, log.exists(), self.lock)
             seconds = [a + b for a, b in zip(seconds, used, strict=True)]
 
         if prune := self.settings["prune"]:
-            if not (self.folder / "pruned.json").exists():
+            if not self._has("unpruned", "pruned"):
                 train({"max-update": prune["update"]})
+                write_json(self.folder / "unpruned.json", prune)  # fairseq would train on from here
+            if not self._has("pruned"):
                 commands.append(self._prune(prune))
             held = {"prox": "l21", "prox-strength": 0, "prox-freeze-update": prune["update"]}
-            train(held | {"reset-meters": True})  # the best value is of an unpruned model
+            # The best value is of an unpruned model, until there is a best checkpoint again.
+            best = self.folder / "checkpoint_best.pt"
+            train(held | {"reset-meters": not best.exists()})
         else:
             train({})
         return {
@@ -276,13 +342,11 @@ class Run:
 
     def _prune(self, prune: Mapping[str, Any]) -> list[str]:
         """Zero neurons of the last checkpoint with another tool, from which training goes on."""
-        script = Path(__file__).parent / f"prune_with_{prune['method'].replace('-', '_')}.py"
-        if not script.is_file():
-            raise RunError(f"prune.method {prune['method']}: there is no {script}")
+        script = pruning_script(prune["method"])
         last, pruned = self.folder / "checkpoint_last.pt", self.folder / "checkpoint_pruned.pt"
         command = [sys.executable, str(script), str(last), str(pruned)]
         command += ["--sparsity", str(prune["sparsity"])]
-        pipeline.execute(command, self.folder / "prune.log")
+        pipeline.execute(command, self.folder / "prune.log", lock=self.lock)
         for unpruned in self._checkpoints():  # none of them to be selected
             if unpruned != last:
                 unpruned.unlink()
@@ -336,7 +400,7 @@ class Run:
         command = [sys.executable, "-m", "fairseq_cli.generate", *self._corpus()]
         command += ["--path", str(checkpoint), "--gen-subset", subset]
         command += shlex.split(REMOVE_BPE[self.record["bpe"]])
-        pipeline.execute([*command, *options(generate)], log)
+        pipeline.execute([*command, *options(generate)], log, lock=self.lock)
         target = self.record["languages"][1]
         references = pipeline.lines_of(self.data / "raw" / f"{split}.{target}")
         translations = pipeline.hypotheses(log, len(references))
@@ -378,16 +442,23 @@ def write_json(path: Path, content: Any) -> None:
 def job(config: DictConfig) -> float:
     """One run of the grid; returns its validation loss, for a search (infinity if it failed)."""
     if "datasets" not in config:
-        raise RunError("no data sets and runs; put `defaults: [base, _self_]` into the file")
+        told = (
+            "give datasets and runs" if "train" in config else "put `defaults: [base, _self_]` in"
+        )
+        raise RunError(f"no data sets and runs in the file: {told}")
     folder = Path(HydraConfig.get().runtime.output_dir)
     failed = folder / "failed.json"
     try:
-        with portalocker.Lock(folder / "lock", fail_when_locked=True):
-            failed.unlink(missing_ok=True)
-            return Run(settings_of(config), folder).perform()["valid_loss"]
-    except portalocker.AlreadyLocked:
-        logger.warning("another process is at it; left alone")
-        return math.inf
+        try:
+            with portalocker.Lock(folder / "lock", fail_when_locked=True) as lock:
+                failed.unlink(missing_ok=True)
+                run = Run(settings_of(config), folder, lock.fileno())
+                return run.perform()["valid_loss"]
+        except portalocker.AlreadyLocked:
+            time.sleep(1)  # it may just have begun
+            Run(settings_of(config), folder).check_same()
+            logger.warning("another process is at it; left alone")
+            return math.inf
     except Exception as error:  # one run's failure must not take the others with it
         known = isinstance(error, RunError | OSError)
         logger.error("failed: %s", error, exc_info=not known)
@@ -419,12 +490,12 @@ def folders(output: Path) -> list[Path]:
         for path in output.rglob("settings.json")
         if "seed" in json.loads(path.read_text(encoding="utf-8"))
     }
-    return sorted(begun | failures(output))
+    return sorted(begun | set(failures(output)))
 
 
-def failures(output: Path) -> set[Path]:
-    """Folders of runs that failed."""
-    return {path.parent for path in output.rglob("failed.json")}
+def failures(output: Path) -> dict[Path, int]:
+    """Folders of runs that failed, and when."""
+    return {path.parent: path.stat().st_mtime_ns for path in output.rglob("failed.json")}
 
 
 class Watch(Callback):
@@ -433,6 +504,7 @@ class Watch(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Begin to watch, from a thread of this process."""
         output = Path(config.hydra.sweep.dir)
+        _earlier.update(failures(output))
         _watchers.append(threading.Thread(target=watch, args=[output], daemon=True))
         _watchers[-1].start()
 
@@ -442,7 +514,8 @@ class Watch(Callback):
         for watcher in _watchers:
             watcher.join()  # what it shows comes before what follows
         output = Path(config.hydra.sweep.dir)
-        failed = sorted(failures(output))
+        found = failures(output)
+        failed = sorted(folder for folder in found if found[folder] != _earlier.get(folder))
         try:
             self._collect(output, config.baselines)
         except Exception as error:  # of which Hydra would make a warning, and status 0
@@ -532,6 +605,9 @@ if __name__ == "__main__":
     pipeline.end_with_commands()
     try:
         job()
+    except UnicodeDecodeError as error:
+        print(f"grid.py: error: a YAML file is not UTF-8: {error}", file=sys.stderr)
+        sys.exit(2)
     except (RunError, HydraException, OmegaConfBaseException, YAMLError) as error:
         print(f"grid.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

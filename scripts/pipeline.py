@@ -46,8 +46,14 @@ def end_with_commands() -> None:
     signal.signal(signal.SIGTERM, end)
 
 
-def execute(command: Sequence[str], log: Path, append: bool = False) -> tuple[float, float]:
+def execute(
+    command: Sequence[str], log: Path, append: bool = False, lock: int | None = None
+) -> tuple[float, float]:
     """Run a command with its output in a file.
+
+    Args:
+        lock: of a locked file, which stays so while the command runs, even if this process is
+            killed.
 
     Returns:
         Its CPU seconds (user and system) and wall seconds.
@@ -61,7 +67,11 @@ def execute(command: Sequence[str], log: Path, append: bool = False) -> tuple[fl
     start = time.monotonic()
     with log.open("a" if append else "w") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            pass_fds=() if lock is None else (lock,),
         )
         _running.add(process)
         try:
@@ -84,7 +94,7 @@ def hypotheses(log: Path, lines: int) -> list[str]:
     found = {}
     for line in log.read_text(encoding="utf-8").splitlines():
         if match := re.match(r"H-(\d+)\t[^\t]*\t(.*)", line):
-            found[int(match[1])] = match[2]
+            found.setdefault(int(match[1]), match[2])  # --nbest has more, the best first
     if len(found) != lines:
         raise RunError(f"{log}: {len(found)} translations of {lines} lines")
     return [found[index] for index in sorted(found)]

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import portalocker
 import pytest
 import sacrebleu
 import torch
@@ -169,7 +170,7 @@ def bare_run(grid, tmp_path):
         if frozen is not None:
             with (tmp_path / "train.log").open("a") as log:
                 log.write(f"... | frozen after update {frozen}: 2 of 4 groups are dead\n")
-        return grid.Run({"path": tmp_path / "data", "train": {}, **settings}, tmp_path)
+        return grid.Run({"path": str(tmp_path / "data"), "train": {}, **settings}, tmp_path)
 
     return run
 
@@ -192,6 +193,52 @@ def test_checkpoints_that_may_be_selected(settings, updates, bare_run):
     assert {update: files[update].name for update in updates} == {
         update: {4: "checkpoint_1_4.pt", 6: "checkpoint_last.pt"}[update] for update in updates
     }
+
+
+def test_a_folder_with_something_else_is_left_alone(bare_run, grid, tmp_path):
+    settings = tmp_path / "settings.json"
+    for path in tmp_path.glob("checkpoint*.pt"):
+        path.unlink()
+    settings.write_text(json.dumps({"train": {"dropout": "much"}, "path": "x"}))
+    run = bare_run(seed=1)
+    run._claim()  # nothing came of what was there
+    assert not (tmp_path / "train.log").exists()
+    noted = json.loads(settings.read_text())
+    assert noted.pop("prepared")["sha256"] is None and noted == run.settings
+
+    (tmp_path / "result.json").write_text("{}")
+    run._claim()
+    with pytest.raises(grid.RunError, match="has a run of other settings; choose another output"):
+        bare_run(seed=2)._claim()
+    run.record["sha256"] = {"train.xx": "0" * 64}
+    with pytest.raises(grid.RunError, match=r"has a run on other data than now in .*data; choose"):
+        run._claim()
+    settings.write_text(json.dumps(run.settings))  # as earlier versions did
+    run._claim()
+    settings.unlink()
+    with pytest.raises(grid.RunError, match=r"has a run, but not its settings\.json; remove"):
+        run._claim()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"method": "torchpruning"}, "prune.method torchpruning: there is no /"),
+        ({"sparsity": 1}, "prune.sparsity 1: must be a share between 0 and 1"),
+        ({"update": 8}, "prune.update 8: must be a number of updates below 8"),
+        ({"amount": 3}, "prune has method, sparsity, update, amount; it takes"),
+    ],
+)
+def test_pruning_is_checked_before_the_training(changed, message, grid):
+    prune = {"method": "torch-pruning", "sparsity": 0.5, "update": 4}
+    grid.check_pruning(prune, 8)
+    with pytest.raises(grid.RunError, match=message):
+        grid.check_pruning(prune | changed, 8)
+
+
+def test_the_best_of_several_translations_is_scored(scripts, tmp_path):
+    (tmp_path / "log").write_text("H-1\t-0.1\tone\nH-1\t-0.9\tx\nH-0\t-0.2\tzero\nH-0\t-3\ty\n")
+    assert scripts["pipeline"].hypotheses(tmp_path / "log", 2) == ["zero", "one"]
 
 
 def test_paths_that_fairseq_would_split(grid, tmp_path):
@@ -373,9 +420,15 @@ def test_a_grid_runs_resumes_and_tells_what_failed(tmp_path, prepared):
     result = tmp_path / "out" / "tiny" / "peer" / "seed-1" / "result.json"
     before = result.stat().st_mtime_ns
     again = grid("run=peer")
+    assert again.returncode == 0, "an earlier start's failure is none of this one's"
     assert result.stat().st_mtime_ns == before and "| tiny | peer |" in again.stdout
     other = grid("run=peer", "train.dropout=0.2")
-    assert other.returncode == 1 and "has other settings; choose another output" in other.stderr
+    with portalocker.Lock(result.parent / "lock"):  # as where two at once have one folder
+        same, taken = grid("run=peer"), grid("run=peer", "train.dropout=0.2")
+    for refused in (other, taken):
+        assert refused.returncode == 1
+        assert "has a run of other settings; choose another output" in refused.stderr
+    assert same.returncode == 0
     assert result.stat().st_mtime_ns == before
 
 
@@ -441,13 +494,18 @@ def test_usage_and_a_missing_file(tmp_path):
     [
         ("defaults: [base\noutput: x\n", "expected ',' or ']'"),
         ("defaults: [base, _self_]\n", "Missing mandatory value: output"),
-        ("output: out\n", "put `defaults: [base, _self_]` into the file"),
+        ("output: out\n", "put `defaults: [base, _self_]` in"),
+        (
+            "defaults: [base, _self_]\noutput: out\ndata: a\nrun: b\n",
+            "in the file: give datasets and runs",
+        ),
+        ("# caf\xe9\n", "not UTF-8"),
         ("defaults: [base, override hydra/launcher: nope]", "Available options in"),
     ],
-    ids=["syntax", "no output", "no defaults", "launcher"],
+    ids=["syntax", "no output", "no defaults", "no data sets", "coding", "launcher"],
 )
 def test_a_file_that_cannot_be_used_is_told_in_a_line(text, told, tmp_path):
-    (tmp_path / "mine.yaml").write_text(text)
+    (tmp_path / "mine.yaml").write_bytes(text.encode("latin-1"))
     command = [sys.executable, SCRIPTS / "grid.py", "mine.yaml"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr
