@@ -296,9 +296,8 @@ def train_subword_nmt(lines: list[str], size: int, folder: Path) -> Callable[[st
     with codes.open("w", encoding="utf-8") as file:
         learn_bpe(lines, file, size, total_symbols=True)
     if len(codes.read_text(encoding="utf-8").splitlines()) < 2:  # a version, then the merges
-        raise DataError(
-            f"--vocab-size {size}: too small, the text has as many characters; give more"
-        )
+        told = "the text has as many characters; give more"
+        raise DataError(f"--vocab-size {size} does not suit: {told}")
     with codes.open(encoding="utf-8") as file:
         return BPE(file).process_line
 

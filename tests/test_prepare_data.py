@@ -383,6 +383,13 @@ def test_vocabulary_size_that_does_not_suit(folder, tmp_path, capsys, size, advi
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text"]  # no scratch left
 
 
+def test_vocabulary_of_characters_alone(folder, tmp_path, capsys):
+    words = own(folder, tmp_path / "new", "--bpe", "subword-nmt", "--vocab-size", "5")
+    error = fail(capsys, *words)
+    assert "--vocab-size 5 does not suit: the text has as many characters" in error
+    assert not (tmp_path / "new").exists()
+
+
 def test_dest_with_something_in_it(folder, tmp_path, capsys):
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "mine").write_text("kept")
