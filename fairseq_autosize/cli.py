@@ -249,9 +249,9 @@ def _describe(
     else:
         architecture += result.width_options()
     # In a training of its own a target would count from the small model, and prune it again.
-    start, prox, others = "--finetune-from-model", " --prox none", "the other options"
+    start, prox, without = "--finetune-from-model", " --prox none", ", without other --prox options"
     if arguments.keep_optimizer:
-        start, prox, others = "--restore-file", "", "all other options"
+        start, prox, without = "--restore-file", "", ""
     program = "fairseq-generate" if result.translates else "fairseq-eval-lm"
     output = shlex.quote(str(arguments.output))
     lines += [
@@ -259,7 +259,8 @@ def _describe(
         f"use it:   {program} DATA --user-dir fairseq_autosize --path {output} ...",
         "train on: fairseq-train DATA --user-dir fairseq_autosize --save-dir NEW_FOLDER "
         f"{' '.join(architecture)} {start} {output}{prox} ...",
-        f"          (...: {others} as in the training, the sizes of the model among them)",
+        "          (...: the other options as in the training, the sizes of the model among them"
+        f"{without})",
     ]
     return "\n".join(lines) + "\n"
 

@@ -136,7 +136,7 @@ def test_alignments_are_the_same(corpus, run, capsys, tmp_path):
 
     more = [*train, *flags, "--max-update", "6", "--finetune-from-model", small]
     more[more.index("--prox-target-sparsity") + 1] = "0.3"
-    more += ["--prox-freeze-update", "4"]
+    more += ["--prox", "l21", "--prox-freeze-update", "4"]  # where the advice is --prox none
     output = run(*more, "--save-dir", tmp_path / "more").stdout
     assert "frozen after update 4: " in output
 
