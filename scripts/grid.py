@@ -577,13 +577,6 @@ def hydra_arguments(words: list[str]) -> list[str]:
         if grid.suffix == ".yml":
             print(f"grid.py: error: {grid}: Hydra reads *.yaml only; rename it", file=sys.stderr)
             sys.exit(2)
-        # Hydra would look there for files that the key chooses between.
-        for key in ("data", "run", "seed", *(word.partition("=")[0] for word in words[1:])):
-            folder = grid.resolve().parent / key.lstrip("+")
-            if folder.is_dir() and not any(folder.glob("*.yaml")):
-                told = f"there is a folder {key} beside it, which Hydra takes for the key {key}'s"
-                print(f"grid.py: error: {grid}: {told}; move the file elsewhere", file=sys.stderr)
-                sys.exit(2)
         # The file's own folder comes first: a copy of one of ours may have kept its name.
         where = ["--config-path", str(grid.resolve().parent), "--config-name", grid.stem]
         return [*where, f"hydra.searchpath=['file://{GRIDS}']", *words[1:]]
@@ -600,6 +593,7 @@ if __name__ == "__main__":
     paths = [str(GRIDS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     os.environ[TYPED] = shlex.join(["python", "scripts/grid.py", *sys.argv[1:]])
+    file = Path(sys.argv[1])
     sys.argv[1:] = hydra_arguments(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # to be caught here
     pipeline.end_with_commands()
@@ -609,5 +603,12 @@ if __name__ == "__main__":
         print(f"grid.py: error: a YAML file is not UTF-8: {error}", file=sys.stderr)
         sys.exit(2)
     except (RunError, HydraException, OmegaConfBaseException, YAMLError) as error:
-        print(f"grid.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        told = " ".join(str(error).split())
+        key = re.match(r"Could not override '(\w+)'", told)
+        if key and (file.resolve().parent / key[1]).is_dir():
+            told = (
+                f"{file}: there is a folder {key[1]} beside it, in which Hydra looks for settings"
+            )
+            told += f" that the key {key[1]} chooses; move the file elsewhere"
+        print(f"grid.py: error: {told}", file=sys.stderr)
         sys.exit(2)

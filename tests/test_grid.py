@@ -476,13 +476,14 @@ def test_a_grid_that_is_told_to_end_leaves_no_training_behind(jobs, tmp_path, pr
 
 def test_usage_and_a_missing_file(tmp_path):
     (tmp_path / "mine.yml").touch()
-    (tmp_path / "mine.yaml").touch()
+    text = "defaults: [base, _self_]\noutput: o\nhydra: {sweeper: {params: {data: a}}}\n"
+    (tmp_path / "mine.yaml").write_text(text)
     (tmp_path / "data").mkdir()
     for words, status, told in (
         ([], 2, "python scripts/grid.py GRID.yaml"),
         (["absent.yaml"], 2, "absent.yaml: no such file"),
         (["mine.yml"], 2, "mine.yml: Hydra reads *.yaml only; rename it"),
-        (["mine.yaml"], 2, "mine.yaml: there is a folder data beside it, which Hydra takes"),
+        (["mine.yaml"], 2, "mine.yaml: there is a folder data beside it, in which Hydra"),
     ):
         command = [sys.executable, SCRIPTS / "grid.py", *words]
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
