@@ -104,8 +104,8 @@ def perform(run: str, data: Path, record: dict, args: argparse.Namespace) -> dic
     folder = args.out / folder_name(run)
     result_file = folder / "result.json"
     options = train_options(run, args)
-    corpus = {key: record.get(key) for key in ("languages", "bpe", "vocab_size", "sha256")}
-    claim(folder, {"train": options, "generate": args.generate_args, "data": corpus})
+    identity = pipeline.corpus_identity(record)
+    claim(folder, {"train": options, "generate": args.generate_args, "data": identity})
     if result_file.exists():
         logger.info("%s: done before", run)
         return json.loads(result_file.read_text())

@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 Result = Mapping[str, Any]
 COLOURS = pyplot.get_cmap("tab20").colors
@@ -22,6 +23,17 @@ def save(path: Path, axes: Axes, title: str, xlabel: str, ylabel: str, **options
         axes.legend(frameon=False, fontsize="small", ncols=columns)
     axes.figure.savefig(path, dpi=120)
     pyplot.close(axes.figure)
+
+
+def save_panels(path: Path, figure: Figure, title: str) -> None:
+    """Title a figure of several axes, with the first one's legend below all; write and close it."""
+    figure.suptitle(title)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize="small"
+    )
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 def canvas() -> Axes:
@@ -66,13 +78,7 @@ def alive_by_layer(results: Mapping[str, Result], title: str, path: Path) -> Non
         axes.grid(alpha=0.3)
     both[0].set_ylim(0, None)  # shared, so only once all is drawn
     both[0].set_ylabel("neurons alive")
-    figure.suptitle(title)
-    handles, labels = both[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize="small"
-    )
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save_panels(path, figure, title)
 
 
 def bleu_over_updates(results: Mapping[str, Result], title: str, path: Path) -> None:
@@ -86,10 +92,7 @@ def bleu_over_updates(results: Mapping[str, Result], title: str, path: Path) -> 
     for axes, measure in ((left, "BLEU"), (right, "loss")):
         axes.set(xlabel="updates", ylabel=f"{measure} (validation)")
         axes.grid(alpha=0.3)
-    figure.suptitle(title)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save_panels(path, figure, title)
 
 
 def size_against_bleu(
@@ -151,8 +154,4 @@ def gain_over_pairs(
         axes.set_xticklabels([f"{n:,}" for n in sizes], fontsize="x-small", rotation=30)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    figure.suptitle(title)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save_panels(path, figure, title)

@@ -267,13 +267,8 @@ class Run:
         if found != self.settings:
             told = "keys swept beside data, run and seed need a place in hydra.sweep.subdir"
             raise RunError(f"{self.folder} has a run of other settings; {cure} ({told})")
-        if prepared not in (None, self._prepared):
+        if prepared not in (None, pipeline.corpus_identity(self.record)):
             raise RunError(f"{self.folder} has a run on other data than now in {self.data}; {cure}")
-
-    @property
-    def _prepared(self) -> dict[str, Any]:
-        """What identifies the data."""
-        return {key: self.record.get(key) for key in ("languages", "bpe", "vocab_size", "sha256")}
 
     def _claim(self) -> None:
         """Note the settings in the folder, unless it has something of others."""
@@ -286,7 +281,8 @@ class Run:
             )
         else:
             self.check_same()
-        write_json(noted, {**self.settings, "prepared": self._prepared})
+        identity = pipeline.corpus_identity(self.record)
+        write_json(noted, {**self.settings, "prepared": identity})
 
     def _has(self, *names: str) -> bool:
         return any((self.folder / f"{name}.json").exists() for name in names)

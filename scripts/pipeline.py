@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,11 @@ def execute(
         told = log.read_text(errors="replace").strip().rpartition("\n")[2]
         raise RunError(f"exit {process.returncode}, see the end of {log}: {told[:300]}")
     return usage.ru_utime + usage.ru_stime, time.monotonic() - start
+
+
+def corpus_identity(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What in a prepare.json tells one data set from another."""
+    return {key: record.get(key) for key in ("languages", "bpe", "vocab_size", "sha256")}
 
 
 def hypotheses(log: Path, lines: int) -> list[str]:
