@@ -49,6 +49,7 @@ from fairseq_autosize.report import count_neurons
 ROOT = Path(__file__).resolve().parent.parent
 GRIDS = Path(__file__).resolve().parent / "grids"
 PARTS = ("train", "generate", "select", "keep", "prune")
+KEYS = (*PARTS, "output", "data", "run", "seed", "datasets", "runs", "baselines")
 SELECT, KEEP = ("best", "bleu", "last"), ("selected", "all")
 
 # The variable with the command as typed. This file's module is there twice, as the program and as
@@ -121,8 +122,8 @@ def check_pruning(prune: Mapping[str, Any], updates: int) -> None:
     if set(prune) != {"method", "sparsity", "update"}:
         raise RunError(f"prune has {', '.join(prune)}; it takes method, sparsity and update")
     method, sparsity, update = prune["method"], prune["sparsity"], prune["update"]
-    if not pruning_script(str(method)).is_file():
-        raise RunError(f"prune.method {method}: there is no {pruning_script(str(method))}")
+    if not (script := pruning_script(str(method))).is_file():
+        raise RunError(f"prune.method {method}: there is no {script}")
     if not (isinstance(sparsity, float) and 0 < sparsity < 1):
         raise RunError(f"prune.sparsity {sparsity}: must be a share between 0 and 1")
     if not (isinstance(update, int) and 0 < update < updates):
@@ -183,8 +184,9 @@ class Translated:
 class Run:
     """One run in its folder: train, choose a checkpoint, translate, score."""
 
-    def __init__(self, settings: dict[str, Any], folder: Path, lock: int | None = None) -> None:
-        self.settings, self.folder, self.lock = settings, folder, lock
+    def __init__(self, settings: dict[str, Any], folder: Path) -> None:
+        self.settings, self.folder = settings, folder
+        self.lock: int | None = None
         self.data = Path(settings["path"])
         for path in (folder, self.data):
             if os.pathsep in str(path):
@@ -194,8 +196,13 @@ class Run:
             raise RunError(f"{self.data}: no prepare.json there; make it with prepare_data.py")
         self.record = json.loads((self.data / "prepare.json").read_text())
 
-    def perform(self) -> dict[str, Any]:
-        """Do what is still to do; returns what is in result.json."""
+    def perform(self, lock: int | None = None) -> dict[str, Any]:
+        """Do what is still to do; returns what is in result.json.
+
+        Args:
+            lock: of the folder's locked file, see ``pipeline.execute``.
+        """
+        self.lock = lock
         result_file = self.folder / "result.json"
         self._claim()
         if result_file.exists():
@@ -445,14 +452,14 @@ def job(config: DictConfig) -> float:
     folder = Path(HydraConfig.get().runtime.output_dir)
     failed = folder / "failed.json"
     try:
+        run = Run(settings_of(config), folder)
         try:
             with portalocker.Lock(folder / "lock", fail_when_locked=True) as lock:
                 failed.unlink(missing_ok=True)
-                run = Run(settings_of(config), folder, lock.fileno())
-                return run.perform()["valid_loss"]
+                return run.perform(lock.fileno())["valid_loss"]
         except portalocker.AlreadyLocked:
             time.sleep(1)  # it may just have begun
-            Run(settings_of(config), folder).check_same()
+            run.check_same()
             logger.warning("another process is at it; left alone")
             return math.inf
     except Exception as error:  # one run's failure must not take the others with it
@@ -494,12 +501,32 @@ def failures(output: Path) -> dict[Path, int]:
     return {path.parent: path.stat().st_mtime_ns for path in output.rglob("failed.json")}
 
 
+def baselines(config: DictConfig) -> list[str]:
+    """Names of the runs that all others are compared with; one alone may stand without a list."""
+    named = config.get("baselines")
+    return [named] if isinstance(named, str) else list(named or [])
+
+
+def unused_keys(config: DictConfig) -> list[str]:
+    """Keys at the top that mean nothing here, and that no interpolation has: misspelt ones."""
+    text = str(OmegaConf.to_container(config, resolve=False))
+    known = (*KEYS, "hydra")
+    return [k for k in map(str, config) if k not in known and not re.search(rf"\$\{{{k}\b", text)]
+
+
 class Watch(Callback):
     """Tells how the runs are doing while Hydra's launcher waits, and collects them at the end."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Begin to watch, from a thread of this process."""
         output = Path(config.hydra.sweep.dir)
+        if unused := unused_keys(config):
+            told = f"{unused[0]} is none of {', '.join(KEYS)}, and nothing refers to it"
+            print(f"grid.py: error: {told}", file=sys.stderr)
+            sys.exit(2)
+        for name in sorted(set(baselines(config)) - set(config.get("runs") or {})):
+            told = f"baselines: {name} is none of the runs; nothing is compared with it"
+            print(f"grid.py: warning: {told}", file=sys.stderr)
         _earlier.update(failures(output))
         _watchers.append(threading.Thread(target=watch, args=[output], daemon=True))
         _watchers[-1].start()
@@ -513,7 +540,7 @@ class Watch(Callback):
         found = failures(output)
         failed = sorted(folder for folder in found if found[folder] != _earlier.get(folder))
         try:
-            self._collect(output, config.baselines)
+            self._collect(output, baselines(config))
         except Exception as error:  # of which Hydra would make a warning, and status 0
             logger.error("cannot collect", exc_info=True)
             told = f"cannot collect the results: {type(error).__name__}: {error}"
@@ -525,24 +552,24 @@ class Watch(Callback):
         if failed:
             sys.exit(1)
 
-    def _collect(self, output: Path, baselines: Sequence[str] | str | None) -> None:
+    def _collect(self, output: Path, bases: Sequence[str]) -> None:
         results = [folder for folder in folders(output) if (folder / "result.json").exists()]
         if not results:
             return
-        bases = [baselines] if isinstance(baselines, str) else list(baselines or [])
         summary = {"command": os.environ[TYPED]} | collect(output, results, bases)
         write_json(output / "results.json", summary)
         print(f"{table(summary)}\n\nall results: {output / 'results.json'}")
 
 
-def watch(output: Path, pause: float = 2.0) -> None:
-    """Show a table on a terminal, and one line for each run that ends elsewhere."""
+def watch(output: Path, pause: float = 2.0, every: float = 300.0) -> None:
+    """Show a table on a terminal; elsewhere lines, at each change of state or so many seconds."""
     from rich.console import Console
     from rich.live import Live
     from rich.table import Table
 
     console = Console(stderr=True)
     known: dict[Path, tuple[str, str]] = {}
+    told: dict[Path, float] = {}
 
     def look() -> Table:
         table = Table("run", "state", "", box=None, pad_edge=False)
@@ -551,8 +578,10 @@ def watch(output: Path, pause: float = 2.0) -> None:
             # What is done stays so; the others' logs are read again.
             state, words = (before, words) if before == "done" else progress(folder)
             table.add_row(str(folder.relative_to(output)), state, words)
-            if before != state and not console.is_terminal:
+            due = state == "running" and time.monotonic() > told.get(folder, 0.0) + every
+            if (due or before != state) and not console.is_terminal:
                 console.print(f"{folder.relative_to(output)}: {state}, {words}", soft_wrap=True)
+                told[folder] = time.monotonic()
             known[folder] = state, words
         return table
 

@@ -25,6 +25,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import unicodedata
 import urllib.request
 import zlib
 from collections.abc import Callable
@@ -167,6 +168,11 @@ def read_lines(location: str, lang: str) -> list[str]:
     return [" ".join(line.replace("\ufeff", "").split()) for line in lines]
 
 
+def words(line: str) -> list[str]:
+    """Its words; what shows nothing, such as a zero-width space alone, is none."""
+    return [w for w in line.split() if any(unicodedata.category(c) not in ("Cf", "Cc") for c in w)]
+
+
 def encode(lines: list[str]) -> bytes:
     """The lines as a UTF-8 file."""
     return "".join(f"{line}\n" for line in lines).encode("utf-8")
@@ -218,10 +224,11 @@ def read_corpus(name: str, source: str | None, langs: Pair) -> Corpus:
         for lang, location, lines in zip(langs, locations, sides, strict=True):
             if not lines:
                 raise DataError(f"{location} has no lines")
-            if split != "train" and "" in lines:
+            empty = next((n for n, line in enumerate(lines, 1) if not words(line)), None)
+            if split != "train" and empty:
                 raise DataError(
-                    f"{location}: line {lines.index('') + 1} is empty; valid and test sets are "
-                    "never altered here: remove the pair from both files yourself"
+                    f"{location}: line {empty} is empty; valid and test sets are never altered "
+                    "here: remove the pair from both files yourself"
                 )
             found = hashlib.sha256(encode(lines)).hexdigest()
             if known and found != CHECKSUMS[f"{name}/{split}.{lang}"]:
@@ -241,7 +248,7 @@ def clean(corpus: Corpus, rules: dict[str, float]) -> tuple[list[Pair], dict[str
     seen: set[Pair] = set()
     kept: list[Pair] = []
     for pair in corpus["train"]:
-        short, long = sorted(len(side.split()) for side in pair)
+        short, long = sorted(len(words(side)) for side in pair)
         faults = {
             "empty": short == 0,
             "drop_repeats": pair in seen,
@@ -313,11 +320,10 @@ def binarise(text: Path, destination: Path, tests: list[str], langs: Pair) -> No
     """Runs fairseq-preprocess on a folder of segmented text, one dictionary for both sides."""
     command = [sys.executable, "-m", "fairseq_cli.preprocess", "--joined-dictionary"]
     command += ["--source-lang", langs[0], "--target-lang", langs[1], "--workers", "1"]
-    command += ["--trainpref", f"{text}/train", "--validpref", f"{text}/valid"]
-    command += ["--testpref", ",".join(f"{text}/{test}" for test in tests)]
-    result = subprocess.run(
-        [*command, "--destdir", str(destination)], capture_output=True, text=True
-    )
+    # By their names alone: fairseq takes a comma in a folder's name for the end of a path.
+    command += ["--trainpref", "train", "--validpref", "valid", "--testpref", ",".join(tests)]
+    command += ["--destdir", str(destination)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=text)
     if result.returncode:
         last = (result.stderr.strip().splitlines() or ["no message"])[-1]
         raise DataError(f"fairseq-preprocess failed: {last}")

@@ -118,6 +118,29 @@ def test_wrong_names_are_told(grid, tmp_path, override, message):
 
 
 @pytest.mark.parametrize(
+    ("content", "status", "told"),
+    [
+        ({"selct": "last"}, 2, "error: selct is none of train, generate, select, "),
+        ({"width": 8, "train": {"lr": "${width}"}, "baselines": []}, None, ""),
+        ({"jobs": 2, "hydra": {"launcher": {"n_jobs": "${jobs}"}}, "baselines": []}, None, ""),
+        ({"baselines": ["dense", "dens"]}, None, "warning: baselines: dens is none of the runs"),
+        ({}, None, ""),
+    ],
+)
+def test_keys_and_baselines_that_nothing_has(
+    grid, tmp_path, capsys, monkeypatch, content, status, told
+):
+    config = {"hydra": {"sweep": {"dir": str(tmp_path)}}, "runs": {"dense": None}}
+    config = OmegaConf.merge({"baselines": ["dense"]}, config, content)
+    monkeypatch.setattr(grid, "watch", lambda output: None)
+    with pytest.raises(SystemExit) if status else contextlib.nullcontext() as ended:
+        grid.Watch().on_multirun_start(config)
+    assert not status or ended.value.code == status
+    printed = capsys.readouterr().err
+    assert told in printed if told else not printed
+
+
+@pytest.mark.parametrize(
     ("generate", "number"),
     [({"beam": 5}, 1), ({"beam": 5, "lenpen": [1, 2]}, 2), ({"lenpen": [1.5]}, 1)],
 )
