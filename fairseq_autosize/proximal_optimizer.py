@@ -165,10 +165,17 @@ class ProximalOptimizer:
         if not isinstance(self.optimizer, AMPOptimizer):
             self.optimizer.step()
             return True
+        scaler = self.optimizer.scaler
         # torch's scaler does not say that it skips a step; it lowers its scale then, and only then.
-        scale = self.optimizer.scaler.get_scale()
-        self.optimizer.step()
-        return self.optimizer.scaler.get_scale() >= scale
+        scale = scaler.get_scale()
+        if self.shape.adam:
+            # The wrapper's own step divides the gradients by the scale again, which Adam's steps
+            # hardly show, but its second moments do, and with them the metric.
+            scaler.step(self.optimizer.optimizer)
+            scaler.update()
+        else:
+            self.optimizer.step()
+        return scaler.get_scale() >= scale
 
     def is_frozen(self, update_num: int) -> bool:
         """Whether update `update_num` shrinks nothing any more."""
@@ -227,6 +234,9 @@ class ProximalOptimizer:
                 groups.zero(dead)
 
     def _freeze(self, update_num: int) -> None:
+        for groups in self._groups:
+            # A run resumed with other groups, such as --prox-couple: what was dead stays dead.
+            groups.zero(groups.without_weights())
         if self.goals:
             # A run resumed at or beyond its freeze, with another goal than before; where it got
             # there by itself, nothing is left to cut.
@@ -390,6 +400,13 @@ class _Groups:
         weight, bias = self.rows()
         alive = (weight != 0).any(dim=1)
         return ~(alive if bias is None else alive | (bias != 0))
+
+    def without_weights(self) -> Tensor:
+        """Which groups have no row of fc1 or rows of v any more; shape (groups,).
+
+        They count as dead, whatever a bias or a column of the group still has.
+        """
+        return ~(self.members[0].grouped.flatten(1) != 0).any(dim=1)
 
     def copy_back(self) -> None:
         """Write the masters into the model."""

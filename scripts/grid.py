@@ -488,12 +488,16 @@ def progress(folder: Path) -> tuple[str, str]:
 
 def folders(output: Path) -> list[Path]:
     """Folders of runs that have begun, or have failed to. Other programs' are passed over."""
-    begun = {
-        path.parent
-        for path in output.rglob("settings.json")
-        if "seed" in json.loads(path.read_text(encoding="utf-8"))
-    }
+    begun = {path.parent for path in output.rglob("settings.json") if _is_ours(path)}
     return sorted(begun | set(failures(output)))
+
+
+def _is_ours(settings: Path) -> bool:
+    try:
+        found = json.loads(settings.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and "seed" in found
 
 
 def failures(output: Path) -> dict[Path, int]:
@@ -604,7 +608,8 @@ def hydra_arguments(words: list[str]) -> list[str]:
             sys.exit(2)
         # The file's own folder comes first: a copy of one of ours may have kept its name.
         where = ["--config-path", str(grid.resolve().parent), "--config-name", grid.stem]
-        return [*where, f"hydra.searchpath=['file://{GRIDS}']", *words[1:]]
+        ours = f"file://{GRIDS}".replace("'", r"\'")
+        return [*where, f"hydra.searchpath=['{ours}']", *words[1:]]
     return words
 
 

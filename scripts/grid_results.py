@@ -31,7 +31,12 @@ def sentence_groups(references: list[str], training: Iterable[str]) -> dict[str,
 
 
 def collect(output: Path, folders: Iterable[Path], baselines: Sequence[str]) -> dict[str, Any]:
-    """All runs' results, and how they differ from the baselines; plain data for a JSON file."""
+    """All runs' results, and how they differ from the baselines; plain data for a JSON file.
+
+    Where a search or a sweep of further keys made several of one data set, run and seed, a run's
+    name has the parts of its folder that tell them apart, such as ``dense/0.1``, and is compared
+    with the baseline of the same parts.
+    """
     results = [
         json.loads((folder / "result.json").read_text(encoding="utf-8"))
         | {"folder": str(folder.relative_to(output))}
@@ -49,21 +54,41 @@ def _compare(output: Path, results: Sequence[Mapping[str, Any]], baseline: str) 
     and its p (two-sided). It may differ from that of the mean BLEU, as one seed's translations
     that are too short are made up for by another's that are too long.
     """
-    by_key = {(result["data"], result["run"], result["seed"]): result for result in results}
+    apart = _apart(results)
+    bases = {
+        (result["data"], rest, result["seed"]): result
+        for result, rest in zip(results, apart, strict=True)
+        if result["run"] == baseline
+    }
+    of_run: dict[tuple[str, str], dict[int, tuple]] = {}
+    for result, rest in zip(results, apart, strict=True):
+        base = bases.get((result["data"], rest, result["seed"]))
+        if base is not None and base["run"] != result["run"]:
+            key = result["data"], "/".join([result["run"], *rest])
+            of_run.setdefault(key, {})[result["seed"]] = result, base
     found = []
-    for data, run in dict.fromkeys((data, run) for data, run, _ in by_key):
-        pairs = {
-            seed: (result, by_key[data, baseline, seed])
-            for (d, r, seed), result in by_key.items()
-            if (d, r) == (data, run) and run != baseline and (data, baseline, seed) in by_key
-        }
-        splits = next(iter(pairs.values()))[0]["scores"] if pairs else ()
-        for split in splits:
+    for (data, run), pairs in of_run.items():
+        for split in next(iter(pairs.values()))[0]["scores"]:
             sides = list(zip(*pairs.values(), strict=True))
             entry = {"data": data, "split": split, "run": run, "baseline": baseline}
             difference, p = _paired_test(output, *sides, split)
             found.append(entry | {"seeds": sorted(pairs), "difference": difference, "p": p})
     return found
+
+
+def _apart(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """For each result the parts of its folder that tell it from others of its data, run, seed."""
+    keys = Counter((result["data"], result["run"], result["seed"]) for result in results)
+    if all(number == 1 for number in keys.values()):
+        return [()] * len(results)
+    return [
+        tuple(
+            part
+            for part in Path(result["folder"]).parts
+            if part not in (result["data"], result["run"], f"seed-{result['seed']}")
+        )
+        for result in results
+    ]
 
 
 def _paired_test(output: Path, ours: Sequence, theirs: Sequence, split: str) -> tuple[float, float]:
@@ -140,13 +165,9 @@ def _by_run(
     results: Sequence[Mapping[str, Any]],
 ) -> list[tuple[tuple[str, str], list[Mapping[str, Any]]]]:
     """(data, name) with the results of all seeds; by data, then the best validation BLEU first."""
-    keys = Counter((result["data"], result["run"], result["seed"]) for result in results)
     runs: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for result in results:
-        # The trials of a search have the same names; only their folders tell them apart.
-        alone = keys[result["data"], result["run"], result["seed"]] == 1
-        name = result["run"] if alone else result["folder"]
-        runs.setdefault((result["data"], name), []).append(result)
+    for result, rest in zip(results, _apart(results), strict=True):
+        runs.setdefault((result["data"], "/".join([result["run"], *rest])), []).append(result)
     return sorted(runs.items(), key=lambda item: _order(item[1]))
 
 

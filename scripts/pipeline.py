@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -145,16 +145,20 @@ def scores(translations: list[str], references: list[str]) -> dict[str, dict[str
 
 def versions() -> dict[str, str]:
     """Of what the results depend on."""
-    names = ("torch", "fairseq-fixed", "sacrebleu")
+    names = ("torch", "fairseq-fixed", "fairseq", "sacrebleu")
+    installed = {found.name: found.version for found in distributions()}
     return {
         "python": platform.python_version(),
         "fairseq_autosize": fairseq_autosize.__version__,
-        **{name: version(name) for name in names},
+        **{name: installed[name] for name in names if name in installed},
     }
 
 
 def git_state(folder: Path) -> str:
-    """The commit of a checkout, with "-dirty" if files differ from it; "none" outside of one."""
+    """The commit of a checkout, with "-dirty" if files differ from it; "none" if git tells none."""
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
-    found = subprocess.run(command, capture_output=True, text=True)
+    try:
+        found = subprocess.run(command, capture_output=True, text=True)
+    except OSError:  # git is not installed
+        return "none"
     return found.stdout.strip() if found.returncode == 0 else "none"

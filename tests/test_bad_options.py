@@ -73,6 +73,9 @@ COMMAND_LINES = {
     "--lr-scheduler reduce_lr_on_plateau": (
         "loss_after_freeze does not go with --lr-scheduler reduce_lr_on_plateau, which would see no"
     ),
+    "--prox linf1 --arch transformer_tiny --encoder-embed-dim 32 --decoder-embed-dim 64": (
+        "error: --prox linf1: its default strength depends on the size of the groups, and they "
+    ),
     "--prox l21 --arch lstm": "error: --prox-groups ffn: LSTMModel has no layer encoder.layers.N",
     "--prox l21 --use-bmuf": "error: --prox does not work with --use-bmuf: its block momentum",
     "--prox l21 --bf16": "error: --prox does not work with --bf16 on fairseq-train's command line",

@@ -101,6 +101,10 @@ def test_the_best_value_of_another_metric_is_not_gone_on_with(corpus, run, tmp_p
     run(*train, "--reset-meters")
     assert count_dead(tmp_path / "checkpoint_best.pt") == (86, 96)
     run(*train, "--max-update", "40")  # from here on it is the same metric
+    result = run_program(*train, "--max-update", "50", "--reset-dataloader")
+    assert result.returncode != 0
+    told = "may be of another metric, which --reset-dataloader does not hand over; add --reset-met"
+    assert told in result.stdout.splitlines()[-1]
 
 
 def test_a_freeze_of_other_options_does_not_count(corpus, run, tmp_path):
@@ -123,6 +127,42 @@ def test_a_freeze_of_other_options_does_not_count(corpus, run, tmp_path):
     late = run(*train, "70", "--prox-target-sparsity=0.875", "--prox-freeze-update", "60").stdout
     assert "frozen after update 60: 84 of" in late
     assert "--prox-freeze-update 60 has passed, so all that is to die is cut now" in late
+
+
+def dead_rows(checkpoint):
+    return [dead_neurons(layer.fc1_weight) for layer in layers_of(checkpoint)]
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (("--prox-strength", "7"), ("--prox-strength", "7", "--prox-couple")),
+        (("--prox-strength", "7", "--no-prox-bias"), ("--prox-strength", "7")),
+        (("--prox-target-sparsity", "0.5"), ("--prox-target-sparsity", "0.5", "--prox-couple")),
+    ],
+)
+def test_the_dead_stay_dead_in_groups_of_another_kind(first, then, corpus, run, tmp_path):
+    """Resumed after the freeze with groups that have more in them, which is not zero."""
+    train = (*TRAIN, corpus, "--prox", "l21", "--prox-freeze-update", "25", "--save-dir", tmp_path)
+    last = tmp_path / "checkpoint_last.pt"
+    run(*train, *first, "--max-update", "28")
+    before = dead_rows(last)
+    number = sum(int(dead.sum()) for dead in before)
+    assert 10 < number < 80
+    output = run(*train, *then, "--max-update", "50").stdout
+    assert f"frozen after update 28: {number} of 96 groups are dead" in output
+    assert all(map(torch.equal, before, dead_rows(last)))
+    assert count_dead(last) == (number, 96)  # with their biases
+
+
+def test_a_start_after_the_freeze_of_the_run_so_far(corpus, run, tmp_path):
+    train = (*TRAIN, corpus, "--prox", "l21", "--prox-target-sparsity", "0.5")
+    train += ("--save-dir", tmp_path, "--max-update", "100")
+    run(*train, "--max-epoch", "1")
+    late = run_program(*train, "--prox-start-update", "30", "--max-epoch", "5")
+    assert late.returncode != 0
+    told = "--prox-start-update 30: shrinking ends after 28 updates, as planned when the run began"
+    assert told in late.stdout.splitlines()[-1]
 
 
 def test_layers_without_a_second_moment_yet(corpus, run, tmp_path):

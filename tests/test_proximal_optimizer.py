@@ -256,6 +256,29 @@ def test_step_that_amp_skips_shrinks_nothing(monkeypatch):
     assert resumed.scaler.state_dict() == optimizer.scaler.state_dict()
 
 
+def test_adams_metric_has_nothing_of_the_loss_scale(monkeypatch):
+    """fairseq's own step with --amp divides the gradients by the scale a second time."""
+    monkeypatch.setattr(torch.cuda.amp, "GradScaler", partial(torch.amp.GradScaler, "cpu"))
+    metrics = []
+    for scale in (1, 2**16):
+        model, _ = build("fp32", monkeypatch)
+        cfg = whole_config(**ADAM)
+        cfg.common.fp16_init_scale = scale
+        optimizer = AMPOptimizer.build_optimizer(cfg, list(model.parameters()))
+        blocks, plan = feed_forward_in_model(model), Plan(strength=1e-5, step_size=1.0)
+        shape = GroupShape(adam=True)
+        proximal = ProximalOptimizer(optimizer, blocks, OPERATORS["l21"], plan, shape)
+        for update in range(3):
+            optimizer.zero_grad()
+            optimizer.backward(model(torch.ones(1, 4)).sum())
+            optimizer.clip_grad_norm(0)
+            assert proximal.step(update)
+        found = find_masters(optimizer, [model.encoder.layers[0].fc1.weight])
+        metrics.append(next(iter(found.values())).second_moment(optimizer.optimizer)[0])
+    assert metrics[0].max() > 0
+    torch.testing.assert_close(metrics[1], metrics[0])
+
+
 @pytest.mark.parametrize("mode", ["fp16", "fp16-flat", "bf16"])
 def test_masters_and_scaler_go_on_where_they_were(mode, monkeypatch):
     model, optimizer = build(mode, monkeypatch)

@@ -125,6 +125,8 @@ class AutosizeMixin(FairseqTask):
             if not any(block.count for block in blocks):
                 self._nothing_left = True
                 logger.warning("--prox %s: there is nothing left to shrink", self.settings.prox)
+            elif self.settings.strength is None and not self.settings.has_target:
+                self._default_strength(blocks)  # there must be one
             if self._is_set("prox_freeze_patience") and self.settings.patience is None:
                 logger.warning(
                     "no effect without --prox-freeze-update auto: --prox-freeze-patience"
@@ -162,11 +164,15 @@ class AutosizeMixin(FairseqTask):
         fairseq would keep an unpruned model's checkpoint_best.pt for it.
         """
         best = getattr(checkpoint_utils.save_checkpoint, "best", None)
-        if best is not None and self._restored.get("prox_best_metric") != self._best_metric:
-            raise ConfigError(
-                f"--best-checkpoint-metric {self._best_metric}: the best value so far, {best:g}, "
-                "is of another metric; add --reset-meters once, so that fairseq forgets it"
-            )
+        if best is None or self._restored.get("prox_best_metric") == self._best_metric:
+            return
+        told = "is of another metric"
+        if not self._restored and self._resets_dataloader:
+            told = "may be of another metric, which --reset-dataloader does not hand over"
+        raise ConfigError(
+            f"--best-checkpoint-metric {self._best_metric}: the best value so far, {best:g}, "
+            f"{told}; add --reset-meters once, so that fairseq forgets it"
+        )
 
     def _is_set(self, option: str) -> bool:
         """Whether an option of the `--prox*` block has another value than its default."""
@@ -332,6 +338,11 @@ class AutosizeMixin(FairseqTask):
         return root is not None and root.checkpoint.reset_optimizer
 
     @property
+    def _resets_dataloader(self) -> bool:
+        root = self._whole_config
+        return root is not None and root.checkpoint.reset_dataloader
+
+    @property
     def _max_update(self) -> int:
         root = self._whole_config
         return (root.optimization.max_update or 0) if root is not None else 0
@@ -356,8 +367,8 @@ class AutosizeMixin(FairseqTask):
         planned = self.settings.freeze_of(self._max_update, begin)
         return None if planned is None else self._restored.get("prox_frozen_at", planned)
 
-    def _default_strength(self) -> float:
-        sizes = {block.groups(bias=self.settings.bias).unit for block in self._blocks}
+    def _default_strength(self, blocks: Sequence[Block]) -> float:
+        sizes = {block.groups(bias=self.settings.bias).unit for block in blocks}
         strengths = {default_strength(self.settings.prox, size) for size in sizes}
         if len(strengths) > 1:
             raise ConfigError(
@@ -376,7 +387,7 @@ class AutosizeMixin(FairseqTask):
         self._blocks = blocks_in_model(_unwrap(model), settings.groups)
         self._strength = settings.strength
         if self._strength is None and not settings.has_target:
-            self._strength = self._default_strength()
+            self._strength = self._default_strength(self._blocks)
         sloping = {
             getattr(block.activation, "__name__", str(block.activation))
             for block in self._blocks
@@ -388,11 +399,18 @@ class AutosizeMixin(FairseqTask):
                 "back; the count goes up and down. With --activation-fn relu they stay dead",
                 ", ".join(sorted(sloping)),
             )
+        freeze = self._freeze_update()
+        if freeze is not None and update_num < freeze <= settings.start_update:
+            raise ConfigError(
+                f"--prox-start-update {settings.start_update}: shrinking ends after {freeze} "
+                "updates, as planned when the run began; start earlier, or give a later "
+                "--prox-freeze-update"
+            )
         plan = Plan(
             strength=self._strength,
             step_size=settings.step_size,
             start_update=settings.start_update,
-            freeze_update=self._freeze_update(),
+            freeze_update=freeze,
             patience=settings.patience,
         )
         shape = GroupShape(bias=settings.bias, fc2=settings.couple, adam=settings.adam_metric)
@@ -425,8 +443,7 @@ class AutosizeMixin(FairseqTask):
 
     def _tell_what_was_reset(self) -> None:
         """A resumed run without our entry of the checkpoint: fairseq hands it over, or not."""
-        root = self._whole_config
-        if root is None or not root.checkpoint.reset_dataloader:
+        if not self._resets_dataloader:
             return  # the checkpoint had none
         if self.settings.patience is not None:
             raise ConfigError(
