@@ -9,7 +9,9 @@ from .checkpoint import CheckpointError, check_finite, place, printable, without
 from .groups import dead_neurons, feed_forward_in_state
 
 
-def average(checkpoints: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], list[int]]:
+def average(
+    checkpoints: Sequence[Mapping[str, Any]], names: Sequence[str] = ()
+) -> tuple[dict[str, Any], list[int]]:
     """The mean of the parameters; everything else comes from the last checkpoint.
 
     A neuron that is dead in some of the checkpoints only is alive in the mean, shrunk by the
@@ -19,6 +21,7 @@ def average(checkpoints: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], l
     Args:
         checkpoints: what `checkpoint.read_checkpoint` returns, with the same parameters; oldest
             first.
+        names: what errors call them, such as their paths; by default by their numbers.
 
     Returns:
         The checkpoint, and for each input how many neurons are dead there but alive in the mean.
@@ -30,36 +33,40 @@ def average(checkpoints: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], l
     """
     if len(checkpoints) < 2:
         raise CheckpointError("averaging needs at least two checkpoints")
+    names = list(names) or [f"checkpoint {number + 1}" for number in range(len(checkpoints))]
     states = [checkpoint["model"] for checkpoint in checkpoints]
     last = states[-1]
     # The compaction's entries, which fairseq drops in training on; as text, since a damaged file
     # may have tensors there.
     origins = [repr(checkpoint.get("autosize")) for checkpoint in checkpoints]
-    for number, state in enumerate(states[:-1], start=1):
-        if origins[number - 1] != origins[-1]:
+    for file, state, origin in zip(names, states[:-1], origins, strict=False):
+        if origin != origins[-1]:
             raise CheckpointError(
-                f"checkpoint {number} and the last one were not compacted together, so that their "
+                f"{file} and the last one were not compacted together, so that their "
                 "neurons do not correspond; average before compaction"
             )
         if state.keys() != last.keys():
             name = sorted(state.keys() ^ last.keys())[0]
             raise CheckpointError(
-                f"checkpoint {number} and the last one are different models: only one of them has "
+                f"{file} and the last one are different models: only one of them has "
                 f"the parameter {printable(name)}"
             )
         for name, tensor in state.items():
             if tensor.is_floating_point() != last[name].is_floating_point():
                 raise CheckpointError(
-                    f"{printable(name)} has the type {tensor.dtype} in checkpoint {number} and "
+                    f"{printable(name)} has the type {tensor.dtype} in {file} and "
                     f"{last[name].dtype} in the last one"
                 )
             if tensor.shape != last[name].shape:
                 raise CheckpointError(
-                    f"{printable(name)} has shape {tuple(tensor.shape)} in checkpoint {number} and "
+                    f"{printable(name)} has shape {tuple(tensor.shape)} in {file} and "
                     f"{tuple(last[name].shape)} in the last one; average before compaction"
                 )
-    for state in states:
-        check_finite(state)
+    for file, state in zip(names, states, strict=True):
+        try:
+            check_finite(state)
+        except CheckpointError as error:
+            raise CheckpointError(f"{file}: {error}") from error
     mean: dict[str, torch.Tensor] = {}
     made: dict[tuple, torch.Tensor] = {}
     for name, tensor in last.items():

@@ -39,18 +39,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         standard error. (argparse leaves with 2 as well for a wrong command line.)
     """
     arguments = _parser().parse_args(argv)
+    status = 0
     try:
         with _logging():
-            arguments.run(arguments)
+            status = arguments.run(arguments) or 0
         sys.stdout.flush()
     except _ERRORS as error:
-        sys.stderr.write(f"{_PROG}: error: {printable(str(error))}\n")
+        _tell(error)
         return 2
-    except BrokenPipeError:
-        # The reader, such as `head`, has seen enough. Python flushes standard output once more
-        # when it ends, which must not fail.
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # Of standard output, which Python flushes once more when it ends; that must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+        if not isinstance(error, BrokenPipeError):  # the reader, as `head`, has not seen enough
+            _tell(f"standard output: {error.strerror}")
+            return 2
+    return status
+
+
+def _tell(error: Exception | str) -> None:
+    sys.stderr.write(f"{_PROG}: error: {printable(str(error))}\n")
 
 
 @contextlib.contextmanager
@@ -125,30 +134,34 @@ def _add_count(commands: argparse._SubParsersAction) -> None:
     count.set_defaults(run=_count)
 
 
-def _count(arguments: argparse.Namespace) -> None:
+def _count(arguments: argparse.Namespace) -> int:
+    """Counts what can be counted; 2 if a file cannot."""
     counts = []
+    several = len(arguments.checkpoints) > 1
     for path in arguments.checkpoints:
-        checkpoint = read_checkpoint(path)
-        with _naming(path):
-            counts.append(count_neurons(checkpoint))
-            for name in layers_with_nan(checkpoint):
-                sys.stderr.write(
-                    f"{_PROG}: warning: {path}: {printable(name)}: fc1.weight holds NaN; "
-                    "neurons with NaN count as alive\n"
-                )
-    several = len(counts) > 1
-    if arguments.json:
-        named = [
-            {"path": path, **count}
-            for path, count in zip(arguments.checkpoints, counts, strict=True)
+        try:
+            checkpoint = read_checkpoint(path)
+            with _naming(path):
+                counts.append((path, count_neurons(checkpoint)))
+                for name in layers_with_nan(checkpoint):
+                    sys.stderr.write(
+                        f"{_PROG}: warning: {path}: {printable(name)}: fc1.weight holds NaN; "
+                        "neurons with NaN count as alive\n"
+                    )
+        except CheckpointError as error:
+            _tell(error)
+    if arguments.json and several:
+        named = [{"path": path, **count} for path, count in counts]
+        sys.stdout.write(json.dumps(named, indent=2) + "\n")
+    elif arguments.json and counts:
+        sys.stdout.write(json.dumps(counts[0][1], indent=2) + "\n")
+    elif counts:
+        tables = [
+            f"{path}\n{format_count(count)}" if several else format_count(count)
+            for path, count in counts
         ]
-        sys.stdout.write(json.dumps(named if several else counts[0], indent=2) + "\n")
-        return
-    tables = [
-        f"{path}\n{format_count(count)}" if several else format_count(count)
-        for path, count in zip(arguments.checkpoints, counts, strict=True)
-    ]
-    sys.stdout.write("\n\n".join(tables) + "\n")
+        sys.stdout.write("\n\n".join(tables) + "\n")
+    return 0 if len(counts) == len(arguments.checkpoints) else 2
 
 
 def _add_compact(commands: argparse._SubParsersAction) -> None:
@@ -294,7 +307,8 @@ def _add_average(commands: argparse._SubParsersAction) -> None:
 
 
 def _average(arguments: argparse.Namespace) -> None:
-    result, revived = average([read_checkpoint(path) for path in arguments.checkpoints])
+    checkpoints = [read_checkpoint(path) for path in arguments.checkpoints]
+    result, revived = average(checkpoints, arguments.checkpoints)
     with _naming(arguments.checkpoints[-1]):  # its settings
         neurons = count_neurons(result)["ffn_neurons"]
     write_checkpoint(result, arguments.output, force=arguments.force)

@@ -130,9 +130,9 @@ def _read_scores(run: Run, folder: Path) -> None:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             run.problems.append(f"{run.name}: {result}: no scores as expected: {error!r}")
         return
-    for file in sorted([*folder.glob("*.txt"), *folder.glob("*.out")]):
-        if not file.is_file():  # a pipe would block
-            continue
+    files = [file for end in ("*.txt", "*.out") for file in folder.glob(end) if file.is_file()]
+    told_by: dict[str, Path] = {}
+    for file in sorted(files, key=lambda file: (file.stat().st_mtime, file)):
         try:
             with file.open("rb") as lines:
                 lines.seek(max(0, file.stat().st_size - 2000))
@@ -145,6 +145,13 @@ def _read_scores(run: Run, folder: Path) -> None:
             if speed is not None:
                 run.tokens_per_second[split] = speed
             if metric.startswith("BLEU"):
+                if told_by.get(split, file) != file:
+                    run.problems.append(
+                        f"{run.name}: {told_by[split].name} and {file.name} have BLEU of {split}; "
+                        f"shown is that of {file.name}, which is newer"
+                    )
+                    run.signatures = [s for s in run.signatures if not s.startswith(f"{split}: ")]
+                told_by[split] = file
                 run.scores[split] = float(score)
                 run.signatures.append(f"{split}: {metric} {signature}".strip())
 
@@ -323,8 +330,9 @@ def draw(runs: Sequence[Run]) -> list[_Plot]:
 
 
 def _label(name: str) -> str:
-    """A name for matplotlib, to which dollar signs begin a formula."""
-    return name.replace("$", r"\$")
+    """A name for matplotlib, to which dollar signs begin a formula, and _ what has no legend."""
+    name = name.replace("$", r"\$")
+    return f"\u200b{name}" if name.startswith("_") else name  # a space of no width
 
 
 def _share_alive(run: Run) -> list[tuple[int, float]]:

@@ -1,5 +1,7 @@
 """Averaging checkpoints: the mean, ties, and which neurons are alive in it."""
 
+import copy
+
 import pytest
 import torch
 from small_models import build_model, checkpoint_of, model_in
@@ -107,6 +109,12 @@ def test_refusals():
     narrow = checkpoint_of(*build_model(encoder_ffn_embed_dim=5))
     with pytest.raises(CheckpointError, match=r"fc1\.weight has shape \(5, 8\) in checkpoint 2"):
         average([first, narrow, second])
+    with pytest.raises(CheckpointError, match=r"has shape \(5, 8\) in b\.pt and"):
+        average([first, narrow, second], ["a.pt", "b.pt", "c.pt"])
+    broken = copy.deepcopy(second)
+    broken["model"]["decoder.layers.0.fc1.bias"][0] = float("nan")
+    with pytest.raises(CheckpointError, match=r"b\.pt: decoder\.layers\.0\.fc1\.bias holds NaN"):
+        average([first, broken, second], ["a.pt", "b.pt", "c.pt"])
     del second["model"]["decoder.layers.0.fc1.bias"]
     with pytest.raises(
         CheckpointError, match=r"different models: .* decoder\.layers\.0\.fc1\.bias"

@@ -296,9 +296,11 @@ def wrong_files(tmp_path):
 
 def test_errors_are_one_line_and_exit_status_2(tmp_path, saved, capsys):
     for path in wrong_files(tmp_path):
-        assert main(["count", str(saved), str(path)]) == 2
+        assert main(["count", str(path)]) == 2
+        assert capsys.readouterr().out == ""
+        assert main(["count", str(path), str(saved)]) == 2
         out, err = capsys.readouterr()
-        assert out == ""
+        assert out == f"{saved}\n{format_count(count_neurons(read_checkpoint(saved)))}\n"
         assert err.startswith(f"fairseq-autosize: error: {path}: ")
         assert err.count("\n") == 1
         assert "\x1b" not in err
@@ -322,10 +324,20 @@ def test_installed_command(saved, tmp_path):
     assert not (tmp_path / "canary").exists()
 
 
+CAPTURED = {"stderr": subprocess.PIPE, "text": True}
+
+
 def test_reader_that_goes_away(saved):
     command = f"set -o pipefail; '{COMMAND}' count '{saved}' --json | true"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_standard_output_that_is_full(saved):
+    result = subprocess.run(["bash", "-c", f"'{COMMAND}' count '{saved}' > /dev/full"], **CAPTURED)
+    told = "fairseq-autosize: error: standard output: No space left on device\n"
+    assert (result.returncode, result.stderr) == (2, told)
 
 
 @pytest.mark.parametrize(

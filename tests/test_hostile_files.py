@@ -108,7 +108,8 @@ def attempt(folder, capsys, monkeypatch) -> Callable[[str], Result]:
 
 def assert_refused(result: Result, told: str = "") -> None:
     lines = [line for line in result.err.splitlines() if " | INFO | " not in line]
-    assert result.status == 2 and result.out == "" and not result.written
+    assert result.status == 2 and not result.written
+    assert "bad.pt" not in result.out and ("good.pt" in result.out or not result.out)
     assert len(lines) == 1 and lines[0].startswith("fairseq-autosize: error: "), result.err
     assert told in lines[0]
     assert "Traceback" not in result.err and "weights_only" not in result.err

@@ -394,6 +394,26 @@ def test_a_run_of_a_grid(folder, tmp_path):
     assert plots["size"].axes[0].get_ylabel() == "BLEU (flickr)", "the test set"
 
 
+def test_several_outputs_of_a_test_set(folder, tmp_path, capsys):
+    """The newest counts, whatever its name, and the page says so."""
+    for name, score, seconds in (("a.out", "30.00", 2000), ("z.txt", "20.00", 1000)):
+        (folder / name).write_text(f"Generate test with beam=5: BLEU4 = {score}, 60.0/40.0\n")
+        os.utime(folder / name, (seconds, seconds))
+    os.utime(folder / "test.out", (1500, 1500))
+    assert main(["report", str(folder), "--output", str(tmp_path / "report.html")]) == 0
+    text = (tmp_path / "report.html").read_text()
+    assert "test.out and a.out have BLEU of test; shown is that of a.out, which is newer" in text
+    assert read_run(folder).scores == {"test": 30.0}
+    assert len(read_run(folder).signatures) == 1
+
+
+def test_a_name_that_matplotlib_would_leave_out(folder):
+    figure = draw([read_run(folder, "_a"), read_run(folder, "b")])[0].figure
+    (legend,) = figure.legends
+    told = [text.get_text() for text in legend.get_texts()]
+    assert [name.strip("\u200b") for name in told] == ["_a", "b"]
+
+
 def test_odd_names(folder, tmp_path):
     """A link that leads nowhere, a folder, and what matplotlib takes for a formula."""
     (folder / "latest.log").symlink_to("gone.log")
