@@ -109,6 +109,7 @@ def export_ctranslate2(
     compaction = compact(checkpoint, min_width=1, full_heads=True)
     small, translates = compaction.checkpoint, compaction.translates
     settings = _flat_settings(small, data, languages)
+    _check_convertible(settings)
     task = _task(settings)
     sentences = _sentences(settings, task)
     with _telling("fairseq cannot run the model that the checkpoint's settings describe"):
@@ -226,6 +227,16 @@ def _flat_settings(
         if language is not None:
             values[name] = language
     return Namespace(**values)
+
+
+def _check_convertible(settings: Namespace) -> None:
+    """Refuse what the converter would end in an error of its own for, without naming an option."""
+    for name in ("adaptive_softmax_cutoff", "no_cross_attention"):
+        if getattr(settings, name, None):
+            raise ExportError(f"CTranslate2 has no models with --{name.replace('_', '-')}")
+    for side in ("encoder", "decoder"):
+        if getattr(settings, f"{side}_layers", None) == 0:
+            raise ExportError(f"CTranslate2 has no models without {side} layers")
 
 
 def _task(settings: Namespace) -> Any:

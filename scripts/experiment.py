@@ -7,8 +7,8 @@ DATA is a folder made by prepare_data.py. A run is `dense` (no prox, the FFN wid
 `dense:WIDTH` (another width; 0 is a model without FFN neurons), or an operator with an optional
 strength or target sparsity: `l21`, `l21:1.5`, `linf1:12`, `l21@0.5`. Other --prox options follow
 after plus signs: `l21@0.5+couple+freeze-update=900`, `l21:1+no-bias`. `like:RUN` is a dense model
-whose uniform width gives it the parameters that RUN has left; it is trained last. All runs get
-the same number of updates.
+whose uniform width gives it as many neurons as RUN has alive; pruned heads do not count. It is
+trained last. All runs get the same number of updates.
 
 Each run has a folder OUT/RUN with its logs, its last checkpoint and result.json; finished runs
 are not repeated; one that was stopped half way starts over, so that its time and its curve are

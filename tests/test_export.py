@@ -172,6 +172,26 @@ def test_what_ctranslate2_cannot_convert_is_refused_with_its_reason(data, tmp_pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data"]
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"adaptive_softmax_cutoff": "8"}, "with --adaptive-softmax-cutoff"),
+        ({"no_cross_attention": True}, "with --no-cross-attention"),
+        ({"encoder_layers": 0}, "without encoder layers"),
+    ],
+)
+def test_models_that_ctranslate2_does_not_have(data, tmp_path, options, told):
+    shared = (
+        {}
+        if "adaptive_softmax_cutoff" not in options
+        else {"share_all_embeddings": False, "share_decoder_input_output_embed": False}
+    )
+    checkpoint = translation_checkpoint(data, **options, **shared)
+    with pytest.raises(ExportError, match=f"^CTranslate2 has no models {told}$"):
+        export_ctranslate2(checkpoint, tmp_path / "ct2")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data"]
+
+
 def test_without_ctranslate2_the_message_says_what_to_install(data, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ctranslate2.converters", None)
     with pytest.raises(ExportError, match="pip install ctranslate2"):

@@ -18,6 +18,7 @@ import torch
 import yaml
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from fairseq_autosize.checkpoint import write_checkpoint
@@ -176,6 +177,14 @@ def test_a_copy_of_a_grid_may_keep_its_name(tmp_path):
     assert (config["output"], config["train"]["encoder-layers"]) == ("mine", 3)
 
 
+def test_the_package_may_lie_in_any_folder(grid, tmp_path, monkeypatch):
+    ours = tmp_path / "o'brien's \u00fc"
+    monkeypatch.setattr(grid, "GRIDS", ours)
+    (tmp_path / "mine.yaml").touch()
+    path = grid.hydra_arguments([str(tmp_path / "mine.yaml")])[-1]
+    assert OverridesParser.create().parse_override(path).value() == [f"file://{ours}"]
+
+
 @pytest.fixture
 def bare_run(grid, tmp_path):
     """A run with 4 + 6 updates behind it, of which fairseq has kept the last as such only."""
@@ -259,6 +268,12 @@ def test_pruning_is_checked_before_the_training(changed, message, grid):
         grid.check_pruning(prune | changed, 8)
 
 
+def test_what_is_noted_without_git(scripts, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert scripts["pipeline"].git_state(ROOT) == "none"
+    assert {"python", "torch", "fairseq-fixed"} <= scripts["pipeline"].versions().keys()
+
+
 def test_the_best_of_several_translations_is_scored(scripts, tmp_path):
     (tmp_path / "log").write_text("H-1\t-0.1\tone\nH-1\t-0.9\tx\nH-0\t-0.2\tzero\nH-0\t-3\ty\n")
     assert scripts["pipeline"].hypotheses(tmp_path / "log", 2) == ["zero", "one"]
@@ -275,6 +290,7 @@ def test_results_that_cannot_be_collected(grid, output, monkeypatch, capsys):
     foreign.mkdir(parents=True)
     (foreign / "settings.json").write_text('{"train": []}')
     (foreign / "result.json").write_text('{"run": "dense"}')
+    (output / "settings.json").write_text("{  // of an editor")
     for result in output.rglob("seed-*/result.json"):
         (result.parent / "settings.json").write_text('{"seed": 1}')
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(output)}}, "baselines": "base"})
@@ -352,6 +368,28 @@ def test_collected_runs_are_compared_with_the_baselines(grid_results, output):
     row = next(line for line in grid_results.table(summary).splitlines() if "| worse |" in line)
     assert "| 2 | 50.0 % | 4,000 |" in row
     assert "41.5 (41.0 42.0)" in row and f"{worse - base:.1f} (p 0.00" in row
+
+
+def test_runs_of_a_sweep_are_compared_with_the_same_value(grid_results, output):
+    """Each value of a further key has a folder of its own, in which `worse` or `base` is worse."""
+    for run in ("base", "worse"):
+        for seed in (1, 2):
+            folder = output / "a" / run / f"seed-{seed}"
+            for value, texts in (("0.1", run), ("0.3", "worse" if run == "base" else "base")):
+                copied = output / "a" / run / value / f"seed-{seed}"
+                shutil.copytree(folder, copied)
+                shutil.copy(output / "a" / texts / f"seed-{seed}" / "test.txt", copied)
+    folders = sorted(path.parent for path in output.rglob("*/*/*/result.json"))
+    folders = [folder for folder in folders if folder.parent.name in ("0.1", "0.3")]
+    summary = grid_results.collect(output, folders, ["base"])
+    found = {entry["run"]: entry for entry in summary["comparisons"]}
+    assert set(found) == {"worse/0.1", "worse/0.3"}
+    assert all(entry["seeds"] == [1, 2] for entry in found.values())
+    assert found["worse/0.1"]["difference"] == -found["worse/0.3"]["difference"] < -10
+    table = grid_results.table(summary)
+    assert all(
+        f"| {run}/{value} | 2 |" in table for run in ("base", "worse") for value in (0.1, 0.3)
+    )
 
 
 @pytest.fixture(scope="module")
