@@ -45,8 +45,10 @@ Which of them for which wish: [choosing](choosing.md).
 - **Going on from a checkpoint with other `--prox` options.** They hold from the next update on;
   where they say something else of the target or the freeze, the old freeze does not count any more.
   The default freeze is then a fifth of the way from there to `--max-update`. A number of updates
-  counts from the training's first; one that has passed cuts all that is to die at once. With
-  `--finetune-from-model` everything begins at update 0.
+  counts from the training's first; one that has passed cuts all that is to die at once. Neurons
+  that are dead at the freeze stay so where `--prox-couple` or the bias is new: what else of theirs
+  belongs to the group then becomes zero, too. With `--finetune-from-model` everything begins at
+  update 0.
 - **`--max-epoch`, `--patience`, `--stop-min-lr`.** A run that they end before the freeze has not
   reached its target.
 - **`--weight-decay`** shrinks all weights by a factor; it neither kills a neuron by itself nor

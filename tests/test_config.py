@@ -315,8 +315,8 @@ def test_linf1_has_no_default_strength_for_groups_of_different_sizes():
         FeedForward("x", "encoder-ffn", torch.ones(4, n), torch.ones(4), torch.ones(n, 4))
         for n in (8, 16)
     ]
-    task = SimpleNamespace(_blocks=blocks, settings=settings(prox="linf1"))
+    task = SimpleNamespace(settings=settings(prox="linf1"))
     with pytest.raises(ConfigError, match=r"differ \(9, 17 entries\): give --prox-strength"):
-        AutosizeMixin._default_strength(task)
+        AutosizeMixin._default_strength(task, blocks)
     task.settings = settings(prox="l21")
-    assert AutosizeMixin._default_strength(task) == 1.0
+    assert AutosizeMixin._default_strength(task, blocks) == 1.0
