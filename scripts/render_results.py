@@ -292,8 +292,10 @@ def draw_gains(path: Path) -> None:
     for measure, name in itertools.product(("BLEU", "chrF2"), SIZES):
         scores = grid_scores(DOCS / "results" / f"{name}.json", measure)
         for data, way in dict.fromkeys((data, run) for data, run, _ in scores if run in WAYS):
+            if not (pairs := re.fullmatch(r"\D+-(\d+)", data)):  # of another learning rate
+                continue
             splits = [split for d, run, split in scores if (d, run) == (data, way)]
-            gained.setdefault(measure, {}).setdefault(way, {})[int(data.split("-")[-1])] = [
+            gained.setdefault(measure, {}).setdefault(way, {})[int(pairs[1])] = [
                 mean(scores[data, way, s][seed] - scores[data, "dense", s][seed] for s in splits)
                 for seed in scores[data, way, splits[0]]
             ]
