@@ -240,9 +240,10 @@ def _architecture(checkpoint: Mapping[str, Any]) -> tuple[str, str]:
                 "of languages, in one checkpoint; for one smaller model train a transformer with "
                 "--task translation_multi_simple_epoch"
             )
+        unknown = "unknown here, as those of other user-dirs are"
         raise CheckpointError(
             f"cannot compact architecture {printable(str(arch))} "
-            f"({'unknown here' if model is None else f'model {model}'}); can: {', '.join(known)}"
+            f"({unknown if model is None else f'model {model}'}); can: {', '.join(known)}"
         )
     return stock, arch
 

@@ -442,7 +442,7 @@ def test_diverged_models_are_refused(value):
 @pytest.mark.parametrize(
     ("arch", "message"),
     [
-        ("my_own", r"architecture my_own \(unknown here\); can: .*transformer_iwslt_de_en"),
+        ("my_own", r"architecture my_own \(unknown here, as .*\); can: .*transformer_iwslt_de_en"),
         ("lightconv", r"lightconv \(model lightconv\)"),
         (
             "multilingual_transformer_iwslt_de_en",
