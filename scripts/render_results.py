@@ -168,6 +168,36 @@ def gain(scores: Mapping[int, float], dense: Mapping[int, float]) -> str:
     return f"{mean(scores[seed] for seed in both):.1f}, **{round(more, 1) + 0.0:+.1f}**{fewer}"
 
 
+def rates(paths: list[Path]) -> str:
+    """A run's losses and scores by the learning rate, where a grid has data sets `X` and `X-lr-R`.
+
+    Over the seeds that all of a row's rates have.
+    """
+    found: dict[tuple[str, str], dict[float, dict[int, dict]]] = {}
+    for path in paths:
+        for result in json.loads(path.read_text(encoding="utf-8"))["results"]:
+            key = result["data"].partition("-lr-")[0], result["run"]
+            rate = found.setdefault(key, {}).setdefault(float(result["train"]["lr"]), {})
+            rate[result["seed"]] = result
+    rows = []
+    for (data, run), by_rate in sorted(found.items()):
+        common = sorted(set.intersection(*map(set, by_rate.values())))
+        if len(by_rate) < 2 or not common:
+            continue
+        row = {"data": data, "run": run, "seeds": " ".join(map(str, common))}
+        for rate, results in sorted(by_rate.items()):
+            chosen = [results[seed] for seed in common]
+            name = f"{rate:g}"
+            row[f"loss, {name}"] = grid_results.values([r["valid_loss"] for r in chosen], 3)
+            for split in chosen[0]["scores"]:
+                bleu = [r["scores"][split]["BLEU"]["score"] for r in chosen]
+                row[f"BLEU {split}, {name}"] = grid_results.values(bleu, 1)
+            chrf = [r["scores"]["test"]["chrF2"]["score"] for r in chosen]
+            row[f"chrF, {name}"] = grid_results.values(chrf, 1)
+        rows.append(row)
+    return benchmark_operators.table(rows)
+
+
 def grid_scores(path: Path, measure: str) -> dict[tuple[str, str, str], dict[int, float]]:
     """The scores of a grid on its test sets: (data, run, test set) -> seed -> score."""
     found: dict[tuple[str, str, str], dict[int, float]] = {}
@@ -181,7 +211,7 @@ def grid_scores(path: Path, measure: str) -> dict[tuple[str, str, str], dict[int
 
 def page(text: str) -> str:
     """The page with every table replaced; a marker without a file of results is an error."""
-    several = {"targets": targets, "seeds": seeds, "grid": grid, "gains": gains}
+    several = {"targets": targets, "seeds": seeds, "grid": grid, "gains": gains, "rates": rates}
 
     def replace(match: re.Match) -> str:
         kind, names = match[1], match[2].split()

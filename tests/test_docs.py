@@ -45,6 +45,32 @@ def test_gains_compare_the_seeds_that_both_have(tmp_path, monkeypatch):
     assert bleu.splitlines()[-1] == chrf.splitlines()[-1] == row
 
 
+def test_rates_compare_the_seeds_that_all_have(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    runs = [
+        ("x", "dense", 0.003, 1, 10),
+        ("x", "dense", 0.003, 2, 20),
+        ("x", "narrow", 0.003, 1, 5),
+    ]
+    runs += [("x-lr-1e-3", "dense", "1e-3", seed, 30 + seed) for seed in (2, 3)]
+    results = [
+        {
+            "data": data,
+            "run": run,
+            "seed": seed,
+            "train": {"lr": rate},
+            "valid_loss": score / 2,
+            "scores": {"test": {"BLEU": {"score": score}, "chrF2": {"score": score + 1}}},
+        }
+        for data, run, rate, seed, score in runs
+    ]
+    (tmp_path / "grid.json").write_text(json.dumps({"results": results}))
+    rates = importlib.import_module("render_results").rates
+    head, _, row = rates([tmp_path / "grid.json"]).splitlines()
+    assert head.startswith("| data | run | seeds | loss, 0.001 | BLEU test, 0.001 | chrF, 0.001 |")
+    assert row == "| x | dense | 2 | 16.000 | 32.0 | 33.0 | 10.000 | 20.0 | 21.0 |"
+
+
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
