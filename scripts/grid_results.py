@@ -1,6 +1,7 @@
 """What a grid gives: all runs' results, paired bootstrap tests against the baselines, tables."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -171,10 +172,15 @@ def _by_run(
     return sorted(runs.items(), key=lambda item: _order(item[1]))
 
 
-def _order(results: Sequence[Mapping[str, Any]]) -> tuple[str, float]:
+def natural(name: str) -> list[str | int]:
+    """Sort key with the numbers in a name as such: 5,000 pairs come before 10,000."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+def _order(results: Sequence[Mapping[str, Any]]) -> tuple[list[str | int], float]:
     """By data, then BLEU of the first split, which is the validation set: best first."""
     split = next(iter(results[0]["scores"]))
-    return results[0]["data"], -mean(r["scores"][split]["BLEU"]["score"] for r in results)
+    return natural(results[0]["data"]), -mean(r["scores"][split]["BLEU"]["score"] for r in results)
 
 
 def values(numbers: Sequence[float], digits: int) -> str:

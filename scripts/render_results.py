@@ -147,7 +147,8 @@ def gains(paths: list[Path]) -> str:
         rows = []
         for path in paths:
             scores = grid_scores(path, measure)
-            for data, split in dict.fromkeys((data, split) for data, _, split in scores):
+            tests = dict.fromkeys((data, split) for data, _, split in scores)
+            for data, split in sorted(tests, key=lambda test: grid_results.natural(test[0])):
                 dense = scores[data, "dense", split]
                 row = {"data": data, "test set": split, "seeds": len(dense)}
                 row[f"{short}, dense"] = f"{mean(dense.values()):.1f}"
