@@ -11,7 +11,7 @@ import torch
 from fairseq.optim import AMPOptimizer, FairseqOptimizer
 from torch import Tensor
 
-from .groups import Block, Part
+from .groups import Block, Part, dead_neurons
 from .masters import Master, find_masters
 from .prox import Operator
 from .strength import Goal, Plan, threshold_toward
@@ -170,7 +170,8 @@ class ProximalOptimizer:
         scale = scaler.get_scale()
         if self.shape.adam:
             # The wrapper's own step divides the gradients by the scale again, which Adam's steps
-            # hardly show, but its second moments do, and with them the metric.
+            # hardly show, but its second moments do, and with them the metric. Where that is not
+            # used, the training stays fairseq's own.
             scaler.step(self.optimizer.optimizer)
             scaler.update()
         else:
@@ -406,7 +407,7 @@ class _Groups:
 
         They count as dead, whatever a bias or a column of the group still has.
         """
-        return ~(self.members[0].grouped.flatten(1) != 0).any(dim=1)
+        return dead_neurons(self.members[0].grouped.flatten(1))
 
     def copy_back(self) -> None:
         """Write the masters into the model."""

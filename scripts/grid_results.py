@@ -55,17 +55,13 @@ def _compare(output: Path, results: Sequence[Mapping[str, Any]], baseline: str) 
     and its p (two-sided). It may differ from that of the mean BLEU, as one seed's translations
     that are too short are made up for by another's that are too long.
     """
-    apart = _apart(results)
-    bases = {
-        (result["data"], rest, result["seed"]): result
-        for result, rest in zip(results, apart, strict=True)
-        if result["run"] == baseline
-    }
+    told = list(zip(results, _apart(results), strict=True))
+    bases = {(r["data"], rest, r["seed"]): r for r, rest in told if r["run"] == baseline}
     of_run: dict[tuple[str, str], dict[int, tuple]] = {}
-    for result, rest in zip(results, apart, strict=True):
+    for result, rest in told:
         base = bases.get((result["data"], rest, result["seed"]))
         if base is not None and base["run"] != result["run"]:
-            key = result["data"], "/".join([result["run"], *rest])
+            key = result["data"], result["run"] + rest
             of_run.setdefault(key, {})[result["seed"]] = result, base
     found = []
     for (data, run), pairs in of_run.items():
@@ -77,14 +73,14 @@ def _compare(output: Path, results: Sequence[Mapping[str, Any]], baseline: str) 
     return found
 
 
-def _apart(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """For each result the parts of its folder that tell it from others of its data, run, seed."""
+def _apart(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What of each result's folder tells it from others of its data, run and seed, as `/0.1`."""
     keys = Counter((result["data"], result["run"], result["seed"]) for result in results)
     if all(number == 1 for number in keys.values()):
-        return [()] * len(results)
+        return [""] * len(results)
     return [
-        tuple(
-            part
+        "".join(
+            f"/{part}"
             for part in Path(result["folder"]).parts
             if part not in (result["data"], result["run"], f"seed-{result['seed']}")
         )
@@ -168,7 +164,7 @@ def _by_run(
     """(data, name) with the results of all seeds; by data, then the best validation BLEU first."""
     runs: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for result, rest in zip(results, _apart(results), strict=True):
-        runs.setdefault((result["data"], "/".join([result["run"], *rest])), []).append(result)
+        runs.setdefault((result["data"], result["run"] + rest), []).append(result)
     return sorted(runs.items(), key=lambda item: _order(item[1]))
 
 

@@ -9,11 +9,11 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 import sacrebleu
+from prepare_data import installed_versions
 
 import fairseq_autosize
 from fairseq_autosize.training_log import TrainingLog
@@ -145,12 +145,10 @@ def scores(translations: list[str], references: list[str]) -> dict[str, dict[str
 
 def versions() -> dict[str, str]:
     """Of what the results depend on."""
-    names = ("torch", "fairseq-fixed", "fairseq", "sacrebleu")
-    installed = {found.name: found.version for found in distributions()}
     return {
         "python": platform.python_version(),
         "fairseq_autosize": fairseq_autosize.__version__,
-        **{name: installed[name] for name in names if name in installed},
+        **installed_versions(("torch", "fairseq-fixed", "fairseq", "sacrebleu")),
     }
 
 

@@ -28,7 +28,7 @@ import tempfile
 import unicodedata
 import urllib.request
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -224,10 +224,10 @@ def read_corpus(name: str, source: str | None, langs: Pair) -> Corpus:
         for lang, location, lines in zip(langs, locations, sides, strict=True):
             if not lines:
                 raise DataError(f"{location} has no lines")
-            empty = next((n for n, line in enumerate(lines, 1) if not words(line)), None)
-            if split != "train" and empty:
+            empty = (number for number, line in enumerate(lines, 1) if not words(line))
+            if split != "train" and (number := next(empty, None)):
                 raise DataError(
-                    f"{location}: line {empty} is empty; valid and test sets are never altered "
+                    f"{location}: line {number} is empty; valid and test sets are never altered "
                     "here: remove the pair from both files yourself"
                 )
             found = hashlib.sha256(encode(lines)).hexdigest()
@@ -329,6 +329,12 @@ def binarise(text: Path, destination: Path, tests: list[str], langs: Pair) -> No
         raise DataError(f"fairseq-preprocess failed: {last}")
 
 
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    installed = {found.name: found.version for found in importlib.metadata.distributions()}
+    return {name: installed[name] for name in packages if name in installed}
+
+
 def prepare(args: argparse.Namespace) -> None:
     """Does the whole work; raises DataError with DEST untouched."""
     dest = Path(args.dest).absolute()
@@ -370,9 +376,8 @@ def prepare(args: argparse.Namespace) -> None:
                 (segmented / name).write_bytes(encode([segment(line) for line in lines]))
         binarise(segmented, built / "data-bin", tests, langs)
         record["gen_subsets"] = {f"test{i or ''}": test for i, test in enumerate(tests)}
-        installed = {d.name: d.version for d in importlib.metadata.distributions()}
         packages = ("fairseq", "fairseq-fixed", "sentencepiece", "subword-nmt", "torch")
-        record["versions"] = {name: installed[name] for name in packages if name in installed}
+        record["versions"] = installed_versions(packages)
         record["versions"]["python"] = sys.version.split()[0]
         (built / "prepare.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
         if dest.exists() and any(dest.iterdir()):  # never deleted: it may hold the user's work

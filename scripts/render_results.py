@@ -7,8 +7,9 @@ Each JSON file is the results.json of one scripts/experiment.py, or, with a "kin
 scripts/grid.py, bench_inference.py or compare_engines.py wrote. Its tables replace what stands in a
 page between `<!-- table NAME -->` (for a grid `<!-- grid NAME -->`) and `<!-- end -->`; NAME is the
 file's name without `.json`. `<!-- targets NAME NAME ... -->` puts one table of requested and
-reached sparsities there, `<!-- seeds NAME NAME ... -->` the means of runs with several seeds, and
-`<!-- gains NAME NAME ... -->` what several grids gain over the dense model.
+reached sparsities there, `<!-- seeds NAME NAME ... -->` the means of runs with several seeds,
+`<!-- gains NAME NAME ... -->` what several grids gain over the dense model, and `<!-- rates NAME
+... -->` what their runs have at several learning rates.
 
 Those figures are drawn that a page shows: NAME.png, the neurons alive over the updates; for a grid
 also NAME-layers.png, what is left in each layer, NAME-size.png, size against BLEU, and

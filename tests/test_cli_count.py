@@ -324,9 +324,6 @@ def test_installed_command(saved, tmp_path):
     assert not (tmp_path / "canary").exists()
 
 
-CAPTURED = {"stderr": subprocess.PIPE, "text": True}
-
-
 def test_reader_that_goes_away(saved):
     command = f"set -o pipefail; '{COMMAND}' count '{saved}' --json | true"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
@@ -335,7 +332,8 @@ def test_reader_that_goes_away(saved):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_standard_output_that_is_full(saved):
-    result = subprocess.run(["bash", "-c", f"'{COMMAND}' count '{saved}' > /dev/full"], **CAPTURED)
+    command = f"'{COMMAND}' count '{saved}' > /dev/full"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     told = "fairseq-autosize: error: standard output: No space left on device\n"
     assert (result.returncode, result.stderr) == (2, told)
 
