@@ -3,15 +3,16 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import benchmark_operators
+import numpy as np
 import pipeline
 from sacrebleu.metrics import BLEU
-from sacrebleu.significance import PairedTest
 
 RARE = 5  # a word is rare if the training set has it at most so often
 SAMPLES = 1000  # of the bootstrap
@@ -43,17 +44,25 @@ def collect(output: Path, folders: Iterable[Path], baselines: Sequence[str]) -> 
         | {"folder": str(folder.relative_to(output))}
         for folder in folders
     ]
-    comparisons = [found for base in baselines for found in _compare(output, results, base)]
+    counted = cache(sentence_statistics)  # each file is compared with several
+
+    def statistics(result: Mapping[str, Any], split: str) -> np.ndarray:
+        raw = Path(result["path"]) / "raw" / f"{split}.{result['target']}"
+        return counted(output / result["folder"] / f"{split}.txt", raw)
+
+    comparisons = [found for base in baselines for found in _compare(results, base, statistics)]
     return {"kind": "grid", "comparisons": comparisons, "results": results}
 
 
-def _compare(output: Path, results: Sequence[Mapping[str, Any]], baseline: str) -> list[dict]:
+def _compare(
+    results: Sequence[Mapping[str, Any]],
+    baseline: str,
+    statistics: Callable[[Mapping[str, Any], str], np.ndarray],
+) -> list[dict]:
     """Every run against a baseline on every data set and split.
 
-    The seeds that both have are taken together: their translations one after the other, as one
-    test set. Each entry has data, split, run, baseline, seeds, the difference in BLEU of that set
-    and its p (two-sided). It may differ from that of the mean BLEU, as one seed's translations
-    that are too short are made up for by another's that are too long.
+    Each entry has data, split, run, baseline, the seeds that both have, the difference in BLEU (of
+    the means over these seeds), its p, and with how many of the seeds the run is better.
     """
     told = list(zip(results, _apart(results), strict=True))
     bases = {(r["data"], rest, r["seed"]): r for r, rest in told if r["run"] == baseline}
@@ -66,10 +75,10 @@ def _compare(output: Path, results: Sequence[Mapping[str, Any]], baseline: str) 
     found = []
     for (data, run), pairs in of_run.items():
         for split in next(iter(pairs.values()))[0]["scores"]:
-            sides = list(zip(*pairs.values(), strict=True))
             entry = {"data": data, "split": split, "run": run, "baseline": baseline}
-            difference, p = _paired_test(output, *sides, split)
-            found.append(entry | {"seeds": sorted(pairs), "difference": difference, "p": p})
+            entry["seeds"] = sorted(pairs)
+            each = [[statistics(r, split) for r in pair] for pair in pairs.values()]
+            found.append(entry | paired_bootstrap(each))
     return found
 
 
@@ -88,19 +97,53 @@ def _apart(results: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _paired_test(output: Path, ours: Sequence, theirs: Sequence, split: str) -> tuple[float, float]:
-    def translated(runs: Sequence) -> list[str]:
-        files = (output / run["folder"] / f"{split}.txt" for run in runs)
-        return [line for file in files for line in pipeline.lines_of(file)]
+def sentence_statistics(translations: Path, references: Path) -> np.ndarray:
+    """What BLEU counts in each sentence: matches and n-grams for n = 1 to 4, both lengths.
 
-    systems = [("baseline", translated(theirs)), ("system", translated(ours))]
-    if systems[0][1] == systems[1][1]:
-        return 0.0, 1.0  # sacrebleu calls a difference of exactly nothing significant
-    raw = Path(ours[0]["path"]) / "raw" / f"{split}.{ours[0]['target']}"
-    references = [pipeline.lines_of(raw) * len(ours)]
-    test = PairedTest(systems, {"BLEU": BLEU()}, references, "bs", n_samples=SAMPLES)
-    before, after = test()[1]["BLEU"]
-    return round(after.score - before.score, 2), float(after.p_value)
+    Returns:
+        Shape [sentences, 10]; their sum over the sentences makes the corpus score.
+    """
+    metric = BLEU(effective_order=True)  # of a sentence's score, which is not used here
+    both = zip(*map(pipeline.lines_of, (translations, references)), strict=True)
+    found = [metric.sentence_score(said, [meant]) for said, meant in both]
+    return np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in found])
+
+
+def bleu_of(sums: np.ndarray) -> float:
+    """The corpus score of summed `sentence_statistics`."""
+    *counts, said, meant = sums.tolist()
+    correct, total = counts[: len(counts) // 2], counts[len(counts) // 2 :]
+    return BLEU.compute_bleu(correct, total, said, meant, smooth_method="exp").score
+
+
+def paired_bootstrap(pairs: Sequence[Sequence[np.ndarray]]) -> dict[str, Any]:
+    """Is the difference in BLEU, of the means over the seeds, more than chance among sentences?
+
+    Koehn's paired bootstrap with two changes. A sample of the sentences is the same for all seeds,
+    whose translations of one sentence are no independent ones. And p is two-sided: the share of
+    samples whose difference is as far from the samples' mean, in either direction, as the one
+    found is from 0. (sacreBLEU takes the absolute values first, which for a clear difference
+    leaves one side, half of this p.) How much training itself varies it does not know.
+
+    Args:
+        pairs: `sentence_statistics` of the run and of the baseline, for each seed.
+
+    Returns:
+        ``difference``, ``p`` (at least 1 / 1,001) and ``won``, the seeds in which the run's is
+        better.
+    """
+    each = [bleu_of(run.sum(0)) - bleu_of(base.sum(0)) for run, base in pairs]
+    sentences = len(pairs[0][0])
+    generator = np.random.default_rng(12345)
+    times = generator.multinomial(sentences, [1 / sentences] * sentences, size=SAMPLES)
+    sampled = np.zeros(SAMPLES)
+    for run, base in pairs:
+        for sign, statistics in ((1, run), (-1, base)):
+            sampled += [sign * bleu_of(sums) / len(pairs) for sums in times @ statistics]
+    # Equal translations differ by rounding alone.
+    as_far = np.abs(sampled - sampled.mean()) >= abs(mean(each)) - 1e-9
+    p = (int(as_far.sum()) + 1) / (SAMPLES + 1)
+    return {"difference": round(mean(each), 2), "p": p, "won": sum(d > 0 for d in each)}
 
 
 def table(summary: Mapping[str, Any]) -> str:
@@ -125,8 +168,11 @@ def table(summary: Mapping[str, Any]) -> str:
             row[f"BLEU {split}"] = values([r["scores"][split]["BLEU"]["score"] for r in results], 1)
         for found in summary["comparisons"]:
             if (found["data"], found["run"]) == (data, run) and found["split"] == "test":
-                difference = f"{found['difference']:+.1f} (p {found['p']:.3f})"
-                row[f"test against {found['baseline']}"] = difference
+                seeds = len(found["seeds"])
+                won = f", {found['won']}/{seeds} seeds" if seeds > 1 else ""
+                difference = round(found["difference"], 1) + 0.0  # no -0.0
+                told = f"{difference:+.1f} (p {found['p']:.3f}{won})"
+                row[f"test against {found['baseline']}"] = told
         rows.append(row)
     return benchmark_operators.table(rows)
 

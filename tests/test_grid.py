@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import portalocker
 import pytest
 import sacrebleu
@@ -355,19 +356,56 @@ def test_collected_runs_are_compared_with_the_baselines(grid_results, output):
     summary = grid_results.collect(output, folders, ["base", "absent"])
     found = {entry["run"]: entry for entry in summary["comparisons"]}
     assert set(found) == {"worse", "same"}
-    texts = [
-        [line for seed in (1, 2) for line in read(output / "a" / run / f"seed-{seed}" / "test.txt")]
-        for run in ("base", "worse")
-    ]
-    references = read(output.parent / "data" / "raw" / "test.en") * 2
-    base, worse = (sacrebleu.corpus_bleu(lines, [references]).score for lines in texts)
-    assert worse < base - 10 and found["worse"]["seeds"] == [1, 2]
-    assert found["worse"]["difference"] == pytest.approx(worse - base, abs=0.006)
+    references = read(output.parent / "data" / "raw" / "test.en")
+
+    def bleu(run: str, seed: int) -> float:
+        lines = read(output / "a" / run / f"seed-{seed}" / "test.txt")
+        return sacrebleu.corpus_bleu(lines, [references]).score
+
+    lost = sum(bleu("base", seed) - bleu("worse", seed) for seed in (1, 2)) / 2
+    assert lost > 10 and found["worse"]["seeds"] == [1, 2]
+    assert found["worse"]["difference"] == pytest.approx(-lost, abs=0.006)
     assert found["same"]["difference"] == 0
     assert found["worse"]["p"] < 0.01 and found["same"]["p"] == 1
+    assert found["worse"]["won"] == 0
     row = next(line for line in grid_results.table(summary).splitlines() if "| worse |" in line)
     assert "| 2 | 50.0 % | 4,000 |" in row
-    assert "41.5 (41.0 42.0)" in row and f"{worse - base:.1f} (p 0.00" in row
+    assert "41.5 (41.0 42.0)" in row and f"{-lost:.1f} (p 0.00" in row and ", 0/2 seeds)" in row
+
+
+def test_the_bootstrap_rejects_as_often_as_it_says(grid_results):
+    """Two systems of equal worth, many times: p is below 0.1 in one of ten (one-sided: in two)."""
+    generator = np.random.default_rng(1)
+
+    def statistics(quality: np.ndarray) -> np.ndarray:
+        """Sentences of 10 words; matches of 1 to 4 words as often as their quality says."""
+        grams = np.arange(10, 6, -1)
+        matched = generator.binomial(grams, quality[:, None] ** np.arange(1, 5))
+        lengths = np.full((len(quality), 2), 10)
+        return np.hstack([matched, np.tile(grams, (len(quality), 1)), lengths])
+
+    found = []
+    for _ in range(150):
+        quality = generator.uniform(0.4, 0.9, size=100)
+        found.append(grid_results.paired_bootstrap([(statistics(quality), statistics(quality))]))
+    low = sum(each["p"] < 0.1 for each in found) / len(found)
+    assert 0.04 < low < 0.16
+    assert max(each["p"] for each in found) > 0.9
+
+
+def test_the_bootstrap_takes_all_seeds_translations_of_a_sentence_together(grid_results):
+    """The same two translations thrice are no more evidence than once."""
+    generator = np.random.default_rng(2)
+    grams = np.tile(np.arange(10, 6, -1), (100, 1))
+
+    def statistics(more: float) -> np.ndarray:
+        matched = generator.binomial(grams, 0.5 + more)
+        return np.hstack([matched, grams, np.full((100, 2), 10)])
+
+    pair = statistics(0.02), statistics(0.0)
+    once, thrice = (grid_results.paired_bootstrap([pair] * n) for n in (1, 3))
+    assert thrice["p"] == pytest.approx(once["p"]) and 0.01 < once["p"] < 0.99
+    assert thrice["difference"] == once["difference"] and thrice["won"] == 3 * once["won"]
 
 
 def test_runs_of_a_sweep_are_compared_with_the_same_value(grid_results, output):
