@@ -1,6 +1,6 @@
 """The figures of docs/: what died when and where, and size against quality."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -11,6 +11,11 @@ from matplotlib.figure import Figure
 
 Result = Mapping[str, Any]
 COLOURS = pyplot.get_cmap("tab20").colors
+
+
+def colours(runs: Iterable[str]) -> dict[str, Any]:
+    """A colour for each run, the same in all figures that are drawn of these runs."""
+    return {run: COLOURS[number % 20] for number, run in enumerate(dict.fromkeys(runs))}
 
 
 def save(path: Path, axes: Axes, title: str, xlabel: str, ylabel: str, **options: Any) -> None:
@@ -45,15 +50,14 @@ def canvas() -> Axes:
 def alive_over_updates(results: Mapping[str, Result], title: str, path: Path) -> None:
     """Neurons alive over the updates, for the runs that have a prox; no file if none has."""
     axes = canvas()
-    for number, (run, result) in enumerate(results.items()):
+    colour = colours(results)
+    for run, result in results.items():
         points = [
             (p["update"], p["neurons_alive"]) for p in result["history"] if "neurons_alive" in p
         ]
         if points:
             style = "--" if "linf1" in run else "-"
-            axes.plot(
-                *zip(*sorted(points), strict=True), style, label=run, color=COLOURS[number % 20]
-            )
+            axes.plot(*zip(*sorted(points), strict=True), style, label=run, color=colour[run])
     if axes.lines:
         save(path, axes, title, "updates", "neurons alive", ylim=(0, None))
     else:
@@ -68,12 +72,13 @@ def alive_by_layer(results: Mapping[str, Result], title: str, path: Path) -> Non
         for run, result in results.items()
         if any(layer["pruned"] for layer in result["neurons"]["layers"])
     }
+    colour = colours(results)
     for axes, side in zip(both, ("encoder", "decoder"), strict=True):
-        for number, (run, result) in enumerate(sized.items()):
+        for run, result in sized.items():
             layers = result["neurons"]["layers"]
             alive = [layer["alive"] for layer in layers if layer["name"].startswith(side)]
             depth = range(1, len(alive) + 1)
-            axes.plot(depth, alive, "o-", label=run, color=COLOURS[number % 20])
+            axes.plot(depth, alive, "o-", label=run, color=colour[run])
             axes.set(title=side, xlabel="layer", xticks=depth)
         axes.grid(alpha=0.3)
     both[0].set_ylim(0, None)  # shared, so only once all is drawn
@@ -100,14 +105,15 @@ def size_against_bleu(
 ) -> None:
     """BLEU against the parameters left, a point a run (the mean of its seeds, and their range)."""
     axes = canvas()
-    for number, (run, results) in enumerate(groups.items()):
+    colour = colours(groups)
+    for run, results in groups.items():
         scores = [result["scores"][split]["BLEU"]["score"] for result in results]
         millions = mean(result["neurons"]["parameters"]["compact"] for result in results) / 1e6
         middle = mean(scores)
         spread = [[middle - min(scores)], [max(scores) - middle]]
         marker = "o" if any(n["neurons"]["ffn_neurons"]["pruned"] for n in results) else "s"
-        colour = COLOURS[number % 20]
-        axes.errorbar(millions, middle, spread, fmt=marker, color=colour, label=run, capsize=3)
+        bars = spread if len(results) > 1 else None
+        axes.errorbar(millions, middle, bars, fmt=marker, color=colour[run], label=run, capsize=3)
     save(path, axes, title, "parameters left, millions", f"BLEU ({split})", xlim=(0, None))
 
 
@@ -154,4 +160,54 @@ def gain_over_pairs(
         axes.set_xticklabels([f"{n:,}" for n in sizes], fontsize="x-small", rotation=30)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
+    save_panels(path, figure, title)
+
+
+def widths(result: Result, uniform: int, title: str, path: Path) -> None:
+    """What auto-sizing left of each layer, before what it began with.
+
+    Args:
+        uniform: neurons a layer of a uniform model of the same size, a dashed line.
+    """
+    _, axes = pyplot.subplots(figsize=(6.4, 2.8), layout="constrained")
+    layers = result["neurons"]["layers"]
+    names = [layer["name"].replace("coder.layers.", "coder ") for layer in layers]
+    names = [f"{side} {int(number) + 1}" for side, number in map(str.split, names)]
+    axes.bar(names, [layer["total"] for layer in layers], color="0.9", label="before")
+    alive = [layer["alive"] for layer in layers]
+    axes.bar_label(axes.bar(names, alive, label="auto-sized", color="C0"), fontsize="small")
+    axes.axhline(uniform, color="0.4", linestyle="--", label="uniform, of the same size")
+    axes.tick_params(axis="x", labelsize="small")
+    axes.set(ylim=(0, 1.12 * max(layer["total"] for layer in layers)))
+    axes.figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    axes.set(title=title, ylabel="neurons")
+    axes.figure.savefig(path, dpi=120)
+    pyplot.close(axes.figure)
+
+
+def by_rate(
+    scores: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]], title: str, path: Path
+) -> None:
+    """BLEU of several models at several learning rates, a bar a model; seeds are points.
+
+    Args:
+        scores: data -> learning rate -> run -> BLEU, one a seed.
+    """
+    figure, panels = pyplot.subplots(
+        1, len(scores), figsize=(6.4, 3.2), sharey=True, layout="constrained"
+    )
+    for axes, (data, rates) in zip(panels, scores.items(), strict=True):
+        runs = list(dict.fromkeys(run for by_run in rates.values() for run in by_run))
+        for number, run in enumerate(runs):
+            at = [place + 0.27 * (number - (len(runs) - 1) / 2) for place in range(len(rates))]
+            middle = [mean(by_run[run]) for by_run in rates.values()]
+            axes.bar(at, middle, width=0.25, label=run, alpha=0.6)
+            singles = [
+                (x, s) for x, found in zip(at, rates.values(), strict=True) for s in found[run]
+            ]
+            axes.plot(*zip(*singles, strict=True), "k.", markersize=5)
+        axes.set(title=data, xlabel="peak of the learning rate")
+        axes.set_xticks(range(len(rates)), list(rates))
+        axes.grid(alpha=0.3, axis="y")
+    panels[0].set_ylabel("BLEU (test)")
     save_panels(path, figure, title)

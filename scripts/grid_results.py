@@ -143,7 +143,7 @@ def paired_bootstrap(pairs: Sequence[Sequence[np.ndarray]]) -> dict[str, Any]:
     # Equal translations differ by rounding alone.
     as_far = np.abs(sampled - sampled.mean()) >= abs(mean(each)) - 1e-9
     p = (int(as_far.sum()) + 1) / (SAMPLES + 1)
-    return {"difference": round(mean(each), 2), "p": p, "won": sum(d > 0 for d in each)}
+    return {"difference": round(mean(each), 4), "p": p, "won": sum(d > 0 for d in each)}
 
 
 def table(summary: Mapping[str, Any]) -> str:
@@ -170,8 +170,7 @@ def table(summary: Mapping[str, Any]) -> str:
             if (found["data"], found["run"]) == (data, run) and found["split"] == "test":
                 seeds = len(found["seeds"])
                 won = f", {found['won']}/{seeds} seeds" if seeds > 1 else ""
-                difference = round(found["difference"], 1) + 0.0  # no -0.0
-                told = f"{difference:+.1f} (p {found['p']:.3f}{won})"
+                told = f"{signed(found['difference'])} (p {found['p']:.3f}{won})"
                 row[f"test against {found['baseline']}"] = told
         rows.append(row)
     return benchmark_operators.table(rows)
@@ -223,6 +222,11 @@ def _order(results: Sequence[Mapping[str, Any]]) -> tuple[list[str | int], float
     """By data, then BLEU of the first split, which is the validation set: best first."""
     split = next(iter(results[0]["scores"]))
     return natural(results[0]["data"]), -mean(r["scores"][split]["BLEU"]["score"] for r in results)
+
+
+def signed(difference: float) -> str:
+    """With one digit and its sign; no -0.0."""
+    return f"{round(difference, 1) + 0.0:+.1f}"
 
 
 def values(numbers: Sequence[float], digits: int) -> str:

@@ -14,7 +14,8 @@ reached sparsities there, `<!-- seeds NAME NAME ... -->` the means of runs with 
 Those figures are drawn that a page shows: NAME.png, the neurons alive over the updates; for a grid
 also NAME-layers.png, what is left in each layer, NAME-size.png, size against BLEU, and
 NAME-bleu.png, BLEU and loss of the validations over the updates (`select: bleu`); gains.png, what
-is gained against the number of pairs. --check writes nothing and fails if a table on a page is not
+is gained against the number of pairs, rates.png, BLEU at two learning rates, and widths.png (in
+README.md), what is left of each layer. --check writes nothing and fails if a table on a page is not
 up to date.
 """
 
@@ -139,35 +140,29 @@ def seeds(paths: list[Path]) -> str:
 
 
 def gains(paths: list[Path]) -> str:
-    """BLEU and chrF of the dense model, and what others of WAYS gain, a row a test set.
+    """BLEU of the dense model and of others of WAYS, with what they gain, a row a test set.
 
-    A gain is the difference of the means over the seeds that both have.
+    Means over the seeds that a way and the dense model both have.
     """
-    parts = []
-    for measure, short in (("BLEU", "BLEU"), ("chrF2", "chrF")):
-        rows = []
-        for path in paths:
-            scores = grid_scores(path, measure)
-            tests = dict.fromkeys((data, split) for data, _, split in scores)
-            for data, split in sorted(tests, key=lambda test: grid_results.natural(test[0])):
-                dense = scores[data, "dense", split]
-                row = {"data": data, "test set": split, "seeds": len(dense)}
-                row[f"{short}, dense"] = f"{mean(dense.values()):.1f}"
-                for way in WAYS:
-                    row[way] = gain(scores.get((data, way, split), {}), dense)
-                rows.append(row)
-        parts.append(benchmark_operators.table(rows))
-    return "\n\n".join(parts)
-
-
-def gain(scores: Mapping[int, float], dense: Mapping[int, float]) -> str:
-    """A mean score and what it has more than the dense model's with the same seeds."""
-    both = [seed for seed in scores if seed in dense]
-    if not both:
-        return ""
-    more = mean(scores[seed] for seed in both) - mean(dense[seed] for seed in both)
-    fewer = f" (seed {' '.join(map(str, both))})" if len(both) < len(dense) else ""
-    return f"{mean(scores[seed] for seed in both):.1f}, **{round(more, 1) + 0.0:+.1f}**{fewer}"
+    rows = []
+    for path in paths:
+        scores = grid_scores(path, "BLEU")
+        comparisons = json.loads(path.read_text(encoding="utf-8"))["comparisons"]
+        against = {(c["data"], c["run"], c["split"], c["baseline"]): c for c in comparisons}
+        tests = dict.fromkeys((data, split) for data, _, split in scores)
+        for data, split in sorted(tests, key=lambda test: grid_results.natural(test[0])):
+            dense = scores[data, "dense", split]
+            row = {"data": data, "test set": split, "seeds": len(dense)}
+            row["dense"] = f"{mean(dense.values()):.1f}"
+            for way in WAYS:
+                row[way] = ""
+                if found := against.get((data, way, split, "dense")):
+                    score = mean(scores[data, way, split][seed] for seed in found["seeds"])
+                    row[way] = f"{score:.1f}, **{grid_results.signed(found['difference'])}**"
+                    if len(found["seeds"]) < len(dense):
+                        row[way] += f" (seed {' '.join(map(str, found['seeds']))})"
+            rows.append(row)
+    return benchmark_operators.table(rows)
 
 
 def rates(paths: list[Path]) -> str:
@@ -316,6 +311,31 @@ def draw_grid(summary: Mapping[str, Any], path: Path, shown: Container[str]) -> 
             figures.bleu_over_updates(first, data, bleu)
 
 
+def draw_rates(name: str, path: Path) -> None:
+    """BLEU at two learning rates, of a grid that has data sets `X` and `X-lr-R`."""
+    import figures
+
+    scores: dict[str, dict[str, dict[str, list[float]]]] = {}
+    results = json.loads((DOCS / "results" / f"{name}.json").read_text(encoding="utf-8"))["results"]
+    wanted = [result for result in results if result["run"] in ("dense", "narrow", WAYS[-1])]
+    for result in sorted(wanted, key=lambda result: float(result["train"]["lr"])):
+        by_rate = scores.setdefault(result["data"].partition("-lr-")[0], {})
+        by_run = by_rate.setdefault(f"{float(result['train']['lr']):g}", {})
+        by_run.setdefault(result["run"], []).append(result["scores"]["test"]["BLEU"]["score"])
+    scores = {data: by_rate for data, by_rate in scores.items() if len(by_rate) > 1}
+    figures.by_rate(scores, "1,024 neurons a layer (dense), or 384", path)
+
+
+def draw_widths(name: str, data: str, title: str, path: Path) -> None:
+    """What is left of each layer in Adam's metric, seed 1."""
+    import figures
+
+    results = json.loads((DOCS / "results" / f"{name}.json").read_text(encoding="utf-8"))["results"]
+    found = {(r["data"], r["run"]): r for r in results if r["seed"] == 1}
+    uniform = found[data, "narrow"]["neurons"]["layers"][0]["total"]
+    figures.widths(found[data, WAYS[-1]], uniform, title, path)
+
+
 def draw_gains(path: Path) -> None:
     """What is gained over the dense model against the number of pairs, on Multi30k."""
     import figures
@@ -383,6 +403,9 @@ def main() -> int:
             draw(DOCS / "results" / f"{name}.json", shown)
         draw_gallery("multi30k-de-en")
         draw_gains(DOCS / "results" / "gains.png")
+        draw_rates("mafand-wide", DOCS / "results" / "rates.png")
+        title = "62.5 % of the feed-forward neurons gone, German-English"
+        draw_widths("multi30k-sizes", "de-en-29000", title, DOCS / "results" / "widths.png")
     return int(stale)
 
 
