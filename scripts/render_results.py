@@ -43,6 +43,16 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 # Rows of a grid that `gains` compares with its dense model.
 WAYS = ("narrow", "l21-target", "l21-target-adam")
+# What figures call the data sets and files of results.
+TITLES = {
+    "hau-en": "Hausa-English",
+    "ibo-en-dropout-0.3": "Igbo-English, dropout 0.3",
+    "mafand-hau-en": "Hausa-English",
+    "multi30k-de-en": "German-English (Multi30k)",
+    "de-en-29000": "German-English (Multi30k)",
+    "half-embedded": "Embedded corpus, half of the neurons to go",
+    "half-multi30k-de-en": "German-English (Multi30k), half of the neurons to go",
+}
 # Grids of one model on data of several sizes.
 SIZES = ("multi30k-3000", "multi30k-sizes")
 
@@ -283,11 +293,15 @@ def draw(path: Path, shown: Container[str]) -> None:
     elif "kind" not in summary and f"{path.stem}.png" in shown:
         results = sorted(summary["results"], key=by_kind_and_value)
         by_run = {result["run"]: result for result in results}
-        figures.alive_over_updates(by_run, path.stem, path.with_suffix(".png"))
+        title = TITLES.get(path.stem, path.stem)
+        figures.alive_over_updates(by_run, title, path.with_suffix(".png"))
 
 
 def draw_grid(summary: Mapping[str, Any], path: Path, shown: Container[str]) -> None:
-    """NAME.png, and NAME-layers.png and so on, for each data set if there are several."""
+    """NAME.png, and NAME-layers.png and so on, for each data set if there are several.
+
+    NAME-bleu.png has the runs of one data set at all learning rates.
+    """
     import figures
 
     names = list(dict.fromkeys(result["data"] for result in summary["results"]))
@@ -298,17 +312,20 @@ def draw_grid(summary: Mapping[str, Any], path: Path, shown: Container[str]) -> 
             if result["data"] == data:
                 groups.setdefault(result["run"], []).append(result)
         first = {run: results[0] for run, results in groups.items()}
-        over_updates, layers, size, bleu = (
-            path.with_name(f"{stem}{figure}.png") for figure in ("", "-layers", "-size", "-bleu")
+        over_updates, layers, size = (
+            path.with_name(f"{stem}{figure}.png") for figure in ("", "-layers", "-size")
         )
+        title = TITLES.get(data, data)
         if over_updates.name in shown:
-            figures.alive_over_updates(first, data, over_updates)
+            figures.alive_over_updates(first, title, over_updates)
         if layers.name in shown:
-            figures.alive_by_layer(first, data, layers)
+            figures.alive_by_layer(first, title, layers)
         if size.name in shown:
-            figures.size_against_bleu(groups, "test", data, size)
-        if bleu.name in shown:
-            figures.bleu_over_updates(first, data, bleu)
+            figures.size_against_bleu(groups, "test", title, size)
+    bleu = path.with_name(f"{path.stem}-bleu.png")
+    if bleu.name in shown:
+        rates = {f"{r['run']}, {float(r['train']['lr']):g}": r for r in summary["results"]}
+        figures.bleu_over_updates(rates, TITLES.get(names[0], names[0]), bleu)
 
 
 def draw_rates(name: str, path: Path) -> None:
@@ -319,7 +336,8 @@ def draw_rates(name: str, path: Path) -> None:
     results = json.loads((DOCS / "results" / f"{name}.json").read_text(encoding="utf-8"))["results"]
     wanted = [result for result in results if result["run"] in ("dense", "narrow", WAYS[-1])]
     for result in sorted(wanted, key=lambda result: float(result["train"]["lr"])):
-        by_rate = scores.setdefault(result["data"].partition("-lr-")[0], {})
+        data = result["data"].partition("-lr-")[0]
+        by_rate = scores.setdefault(TITLES.get(data, data), {})
         by_run = by_rate.setdefault(f"{float(result['train']['lr']):g}", {})
         by_run.setdefault(result["run"], []).append(result["scores"]["test"]["BLEU"]["score"])
     scores = {data: by_rate for data, by_rate in scores.items() if len(by_rate) > 1}
@@ -375,9 +393,10 @@ def draw_gallery(name: str) -> None:
     layers, strength, size = (
         path.with_name(f"gallery-{figure}.png") for figure in ("layers", "strength", "size")
     )
-    figures.alive_by_layer(results, name, layers)
-    figures.bleu_against_strength(points, levels, "test", name, strength)
-    figures.size_against_bleu(groups, "test", name, size)
+    title = TITLES[name]
+    figures.alive_by_layer(results, title, layers)
+    figures.bleu_against_strength(points, levels, "test", title, strength)
+    figures.size_against_bleu(groups, "test", title, size)
 
 
 def main() -> int:
