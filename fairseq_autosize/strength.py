@@ -102,3 +102,38 @@ def threshold_toward(dual_norm: float, updates_left: int) -> float:
         updates_left: this one included, >= 1.
     """
     return dual_norm / updates_left
+
+
+def numbers_by_layer(
+    share: float, sizes: Sequence[int], costs: Sequence[int], heads: Sequence[bool]
+) -> list[int]:
+    """How many groups of each block have to die, if every block is to lose a share of parameters.
+
+    Neurons are rounded up. Heads are few and large, so that rounding them up could remove many
+    times the share: they are rounded to the nearest number, and neurons make up for the difference.
+
+    Args:
+        share: 0 < share <= 1.
+        sizes: groups of each block.
+        costs: parameters of one group of each block.
+        heads: whether a block's groups are heads.
+    """
+    blocks = list(zip(sizes, costs, heads, strict=True))
+    neurons = sum(size * cost for size, cost, is_head in blocks if not is_head)
+    for rounded in (round, math.ceil):
+        numbers = [rounded(round(share * size, 6)) if is_head else 0 for size, _, is_head in blocks]
+        if not neurons:
+            break
+        missing = sum(
+            (share * size - number) * cost
+            for number, (size, cost, is_head) in zip(numbers, blocks, strict=True)
+            if is_head
+        )
+        own = max(0.0, share + missing / neurons)
+        numbers = [
+            number if is_head else math.ceil(round(own * size, 6))
+            for number, (size, _, is_head) in zip(numbers, blocks, strict=True)
+        ]
+        if own <= 1:
+            break  # else there are not enough neurons to make up for heads that were rounded down
+    return numbers

@@ -36,6 +36,9 @@ COMMAND_LINES = {
     "--prox l21 --prox-target-sparsity -0.5": "error: --prox-target-sparsity -0.5: must be a share",
     "--prox l21 --prox-target-sparsity nan": "error: --prox-target-sparsity nan: must be a share",
     "--prox l21 --prox-target-parameters 0.99": "error: --prox-target-parameters 0.99: the groups",
+    "--prox l21 --prox-groups attention --prox-target-scope layer --prox-target-sparsity 0.1": (
+        "--prox-target-sparsity 0.1 with --prox-target-scope layer: of 2 groups, the most that a"
+    ),
     "--prox l21 --prox-target-sparsity 0.5 --prox-strength 1": "does not go with --prox-strength 1",
     "--prox l21 --prox-target-sparsity 0.5 --prox-target-parameters 0.5": (
         "--prox-target-sparsity 0.5 does not go with --prox-target-parameters"

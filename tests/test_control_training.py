@@ -192,6 +192,27 @@ def test_target_of_every_layer_leaves_a_uniform_model(target, left, corpus, run,
     assert (model.arch, model.encoder_ffn_embed_dim) == ("transformer", left)
 
 
+@pytest.mark.parametrize(
+    ("options", "share", "told"),
+    [
+        # Neurons make up for heads, of which a tenth rounds to none.
+        ("all --prox-target-parameters 0.1", 0.1, None),
+        ("all --prox-target-parameters 0.25", 0.25, None),
+        ("attention --prox-target-parameters 0.1", 0.15, "0.1 .* 0.150 of the model's parameters"),
+        ("attention --prox-target-sparsity 0.3", 0.15, "0.3 .* 0.250 of the groups"),
+    ],
+)
+def test_target_of_every_layer_with_heads(options, share, told, corpus, run, tmp_path):
+    four = ("--encoder-attention-heads", "4", "--decoder-attention-heads", "4")
+    train = (*TRAIN, corpus, *four, "--prox", "l21", "--prox-groups", *options.split())
+    train += ("--prox-target-scope", "layer", "--max-update", "20", "--save-dir", tmp_path)
+    output = run(*train).stdout
+    parameters = count_neurons(read_checkpoint(tmp_path / "checkpoint_last.pt"))["parameters"]
+    assert 1 - parameters["compact"] / parameters["total"] == pytest.approx(share, abs=0.013)
+    assert ("whole groups of every layer come to" in output) == (told is not None)
+    assert told is None or re.search(told, output)
+
+
 def test_target_in_parameters_with_everything_on(corpus, run, tmp_path):
     """Half precision, gelu, coupled groups, Adam's metric; the default freeze, which stays."""
     train = (*TRAIN, corpus, "--prox", "l21", "--prox-target-parameters", "0.15", "--fp16")

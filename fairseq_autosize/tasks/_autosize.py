@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import math
 import os
 import shlex
 import sys
@@ -38,7 +37,7 @@ from ..masters import precision_state, restore_precision
 from ..prox import OPERATORS
 from ..proximal_optimizer import GroupShape, ProximalOptimizer
 from ..report import signature
-from ..strength import Goal, Plan, death_updates, default_strength
+from ..strength import Goal, Plan, death_updates, default_strength, numbers_by_layer
 
 logger = logging.getLogger(__name__)
 
@@ -477,7 +476,10 @@ class AutosizeMixin(FairseqTask):
                 removed = sum(counts.values()) - sum(block.count for block in blocks)
                 amount = round(share * sum(counts.values())) - removed
                 return (Goal(amount, (1,) * len(blocks)),)
-            numbers = [round(share * counts[block.name]) for block in blocks]
+            sizes = [counts[block.name] for block in blocks]
+            numbers = [round(share * size) for size in sizes]
+            costs = (1,) * len(blocks)  # for what a group counts
+            part = share
         elif settings.target_parameters is not None:
             share = settings.target_parameters
             wanted = share * parameters_before
@@ -494,11 +496,43 @@ class AutosizeMixin(FairseqTask):
             if not settings.target_by_layer:
                 return (Goal(wanted - removed, costs),)
             sizes = [counts[block.name] for block in blocks]
-            numbers = [math.ceil(round(size * wanted / whole, 6)) for size in sizes]
+            heads = [not isinstance(block, FeedForward) for block in blocks]
+            part = wanted / whole
+            numbers = numbers_by_layer(part, sizes, costs, heads)
         else:
             return ()
+        self._check_rounding(part, sizes, costs, numbers)
         removed = [counts[block.name] - block.count for block in blocks]
         return tuple(Goal(n - gone, (1,)) for n, gone in zip(numbers, removed, strict=True))
+
+    def _check_rounding(
+        self, part: float, sizes: Sequence[int], costs: Sequence[int], numbers: Sequence[int]
+    ) -> None:
+        """Tell if whole groups of every layer are far from a part of each; refuse if it is none."""
+        settings = self.settings
+        flag, share, of = "--prox-target-sparsity", settings.target_sparsity, "groups"
+        if share is None:
+            flag, share = "--prox-target-parameters", settings.target_parameters
+            of = "model's parameters"
+        asked = f"{flag} {share} with --prox-target-scope layer"
+        if not any(numbers):
+            raise ConfigError(
+                f"{asked}: of {max(sizes)} groups, the most that a layer has, that is not even one "
+                "when rounded, so none would die; ask for more, or leave the scope out"
+            )
+        got, wanted = (
+            sum(n * cost for n, cost in zip(amounts, costs, strict=True))
+            for amounts in (numbers, [part * size for size in sizes])
+        )
+        # What each layer is rounded by adds up; in large layers it is not worth a word.
+        if abs(got - wanted) > max(*costs, 0.05 * wanted):
+            logger.warning(
+                "%s: whole groups of every layer come to %.3f of the %s; for what was asked leave "
+                "out --prox-target-scope layer",
+                asked,
+                share * got / wanted,
+                of,
+            )
 
     def _log_start(self, proximal: ProximalOptimizer, update_num: int) -> None:
         """Say what is being shrunk, how long a neuron lives, and the settings in one line."""
