@@ -105,7 +105,7 @@ class ProximalOptimizer:
         self.frozen_blocks = [block.name for block in blocks if block.count and not own[block.name]]
         self._groups = [_Groups(block, masters, operator, shape) for block in self.blocks]
         self._pools = [self._pool(None, self._groups)]
-        self._dead = self._dead_masks() if plan.patience is not None else []
+        self._dead = self._dead_masks()  # at the beginning or, with patience, after an update
 
     @property
     def goals(self) -> tuple[Goal, ...]:
@@ -261,16 +261,22 @@ class ProximalOptimizer:
     def _watch(self, update_num: int) -> None:
         """Freeze once the set of the dead has been the same for long enough."""
         dead = self._dead_masks()
-        self._died = self._died or any(bool(mask.any()) for mask in dead)
+        self._died = self._has_died(dead)
         same = all(map(torch.equal, dead, self._dead))
         self._quiet = self._quiet + 1 if same and self._died else 0
         self._dead = dead
         if self._quiet >= self.plan.patience:
             self._frozen_at = update_num + 1
 
+    def _has_died(self, dead: Sequence[Tensor]) -> bool:
+        """Whether something has; what the run began with, such as padding, does not count."""
+        new = (bool((now & ~old).any()) for now, old in zip(dead, self._dead, strict=True))
+        return self._died or any(new)
+
     def state(self) -> dict[str, int]:
         """What a resumed run needs beside the parameters; plain numbers."""
-        state = {"prox_quiet_updates": self._quiet, "prox_died": int(self._died)}
+        died = int(self._has_died(self._dead_masks()))
+        state = {"prox_quiet_updates": self._quiet, "prox_died": died}
         if self._frozen_at is not None:
             state["prox_frozen_at"] = self._frozen_at
         return state

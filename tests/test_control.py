@@ -260,6 +260,44 @@ def test_automatic_freeze_after_a_compaction_that_removed_the_dead(died):
     assert proximal.is_frozen(15) == died
 
 
+def test_automatic_freeze_does_not_take_rows_dead_from_the_start_for_its_own():
+    """Of a model that was pruned before, or padded; nothing has died in this run as yet."""
+    model, optimizer = adam_model()
+    layer = feed_forward_in_model(model)[0]
+    for part in (layer.fc1_weight, layer.fc1_bias):
+        part.data[:2] = 0
+    proximal = controlled(model, optimizer, "l21", None, None, strength=1e-6, patience=3)
+    for update in range(8):
+        backward(model, optimizer, update)
+        proximal.step(update)
+        assert dead_in(model) == 2 and not proximal.is_frozen(update + 1)
+    layer.fc1_weight.data[2], layer.fc1_bias.data[2] = 1e-9, 0  # dies in the next step
+    optimizer.optimizer.zero_grad()
+    proximal.plan = Plan(strength=100.0, step_size=1e-8, patience=3)
+    optimizer.set_lr(0.0)
+    frozen = []
+    for update in range(8, 13):
+        proximal.step(update)
+        frozen.append(proximal.is_frozen(update + 1))
+    assert dead_in(model) == 3 and frozen == [False] * 3 + [True] * 2
+
+
+def test_automatic_freeze_knows_of_deaths_before_it_was_asked_for():
+    model, optimizer = adam_model()
+    proximal = controlled(model, optimizer, "l21", None, None, strength=1.5)
+    assert proximal.state()["prox_died"] == 0
+    for update in range(20):
+        backward(model, optimizer, update)
+        proximal.step(update)
+    assert 0 < dead_in(model) < GROUPS
+    resumed = controlled(model, optimizer, "l21", None, None, strength=1e-6, patience=3)
+    resumed.restore(proximal.state())
+    for update in range(20, 40):
+        backward(model, optimizer, update)
+        resumed.step(update)
+    assert resumed.is_frozen(40)
+
+
 @pytest.mark.parametrize("update", [5, 9])
 def test_resumed_at_or_beyond_the_freeze(update):
     """What is missing to the target is cut at once; what has been reached is left as it is."""

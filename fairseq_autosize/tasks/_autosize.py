@@ -320,7 +320,7 @@ class AutosizeMixin(FairseqTask):
                 state["prox_frozen_at"],
                 "was before --reset-optimizer" if anew else "was asked for by other options",
             )
-            of_freeze = ("prox_frozen_at", "prox_quiet_updates", "prox_died")
+            of_freeze = ("prox_frozen_at", "prox_quiet_updates") + ("prox_died",) * anew
             state = {name: value for name, value in state.items() if name not in of_freeze}
         self._restored = state
 
