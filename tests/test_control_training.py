@@ -129,6 +129,25 @@ def test_a_freeze_of_other_options_does_not_count(corpus, run, tmp_path):
     assert "--prox-freeze-update 60 has passed, so all that is to die is cut now" in late
 
 
+def test_the_best_value_of_a_freeze_that_does_not_count_is_not_gone_on_with(corpus, run, tmp_path):
+    """Else the best checkpoint would stay one of more neurons than the new target leaves."""
+    metric = ("--best-checkpoint-metric", "loss_after_freeze")
+    train = (*TRAIN, corpus, "--prox", "l21", "--save-dir", tmp_path, *metric, "--max-update")
+    best = tmp_path / "checkpoint_best.pt"
+    run(*train, "12", "--prox-target-sparsity", "0.25", "--prox-freeze-update", "20")
+    # As yet none was measured after the freeze.
+    run(*train, "24", "--prox-target-sparsity", "0.5", "--prox-freeze-update", "20")
+    assert count_dead(best) == (48, 96)
+    more = (*train, "40", "--prox-target-sparsity", "0.9")
+    result = run_program(*more)
+    assert result.returncode != 0
+    told = "is of the freeze at update 20, which does not count any more; add --reset-meters once"
+    assert told in result.stdout.splitlines()[-1]
+    run(*more, "--reset-meters")
+    assert count_dead(best) == (86, 96)
+    run(*more, "--max-update", "44")  # from here on it is the same freeze
+
+
 def dead_rows(checkpoint):
     return [dead_neurons(layer.fc1_weight) for layer in layers_of(checkpoint)]
 

@@ -80,6 +80,7 @@ class AutosizeMixin(FairseqTask):
     _nothing_left: bool = False  # as compaction leaves a model in which all are dead
     _best_metric: str | None = None  # one of AFTER_FREEZE, in a training that asks for it
     _restored_optimizer: FairseqOptimizer | None = None  # whose half precision was restored
+    _lifted: int | None = None  # when the checkpoint froze, if that does not count any more
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         tell_errors_in_one_line()
@@ -158,15 +159,19 @@ class AutosizeMixin(FairseqTask):
             )
 
     def _check_best_value(self) -> None:
-        """Refuse to go on with the best value of another metric, which a checkpoint does not name.
+        """Refuse to go on with the best value of another metric, or of a freeze that was lifted.
 
-        fairseq would keep an unpruned model's checkpoint_best.pt for it.
+        fairseq would keep a larger model's checkpoint_best.pt for it.
         """
         best = getattr(checkpoint_utils.save_checkpoint, "best", None)
-        if best is None or self._restored.get("prox_best_metric") == self._best_metric:
+        same = self._restored.get("prox_best_metric") == self._best_metric
+        lifted = self._lifted is not None and self._lifted <= self._begun
+        if best is None or (same and not lifted):
             return
         told = "is of another metric"
-        if not self._restored and self._resets_dataloader:
+        if same:
+            told = f"is of the freeze at update {self._lifted}, which does not count any more"
+        elif not self._restored and self._resets_dataloader:
             told = "may be of another metric, which --reset-dataloader does not hand over"
         raise ConfigError(
             f"--best-checkpoint-metric {self._best_metric}: the best value so far, {best:g}, "
@@ -321,6 +326,7 @@ class AutosizeMixin(FairseqTask):
                 "was before --reset-optimizer" if anew else "was asked for by other options",
             )
             of_freeze = ("prox_frozen_at", "prox_quiet_updates") + ("prox_died",) * anew
+            self._lifted = state["prox_frozen_at"]
             state = {name: value for name, value in state.items() if name not in of_freeze}
         self._restored = state
 
