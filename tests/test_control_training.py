@@ -148,6 +148,22 @@ def test_the_best_value_of_a_freeze_that_does_not_count_is_not_gone_on_with(corp
     run(*more, "--max-update", "44")  # from here on it is the same freeze
 
 
+def test_a_default_freeze_needs_updates_that_are_left(corpus, run, tmp_path):
+    train = (*TRAIN, corpus, "--save-dir", tmp_path, "--max-update", "13")
+    run(*train)
+    last = tmp_path / "checkpoint_last.pt"
+    for freeze in ((), ("--prox-freeze-update", "0.5")):
+        result = run_program(*train, "--prox", "l21", "--prox-target-sparsity", "0.5", *freeze)
+        assert result.returncode != 0
+        told = "error: --max-update 13: the training has 13 updates already, which leaves none"
+        assert told in result.stdout.splitlines()[-1]
+        assert count_dead(last) == (0, 96)
+    target = ("--prox", "l21", "--prox-target-sparsity", "0.5")
+    run(*train, *target, "--max-update", "20")
+    assert count_dead(last) == (48, 96)
+    run(*train, *target, "--max-update", "20")  # that its freeze has come is known
+
+
 def dead_rows(checkpoint):
     return [dead_neurons(layer.fc1_weight) for layer in layers_of(checkpoint)]
 

@@ -405,6 +405,12 @@ class AutosizeMixin(FairseqTask):
                 ", ".join(sorted(sloping)),
             )
         freeze = self._freeze_update()
+        planned_now = settings.freeze_update is None and "prox_frozen_at" not in self._restored
+        if freeze is not None and planned_now and update_num and self._max_update <= update_num:
+            raise ConfigError(
+                f"--max-update {self._max_update}: the training has {update_num} updates already, "
+                "which leaves none before the freeze; give more"
+            )
         if freeze is not None and update_num < freeze <= settings.start_update:
             raise ConfigError(
                 f"--prox-start-update {settings.start_update}: shrinking ends after {freeze} "
