@@ -164,6 +164,23 @@ def test_a_default_freeze_needs_updates_that_are_left(corpus, run, tmp_path):
     run(*train, *target, "--max-update", "20")  # that its freeze has come is known
 
 
+def test_training_on_without_prox_after_a_freeze_is_told(corpus, run, tmp_path):
+    train = (*TRAIN, corpus, "--save-dir", tmp_path, "--max-update")
+    told = "freeze, at update 12, held 48 dead groups at zero; without it they can come back. Give"
+    pruned = (*train, "20", "--prox", "l21", "--prox-target-sparsity", "0.5")
+    assert told not in run(*pruned).stdout
+    last = tmp_path / "checkpoint_last.pt"
+    small = compact(read_checkpoint(last), keep_optimizer=True)
+    write_checkpoint(small.checkpoint, tmp_path / "small.pt")
+    assert run(*train, "24").stdout.count(told) == 1
+    assert count_dead(last)[0] < 48
+    widths = [",".join(map(str, small.widths[side])) for side in ("encoder", "decoder")]
+    sizes = ("--arch", "transformer_autosize", "--encoder-ffn-dims", widths[0])
+    sizes += ("--decoder-ffn-dims", widths[1], "--save-dir", tmp_path / "small")
+    output = run(*train, "24", *sizes, "--restore-file", tmp_path / "small.pt").stdout
+    assert "come back" not in output
+
+
 def dead_rows(checkpoint):
     return [dead_neurons(layer.fc1_weight) for layer in layers_of(checkpoint)]
 

@@ -209,6 +209,9 @@ class AutosizeMixin(FairseqTask):
         """One update: the optimizer's step, then the proximal steps. fairseq calls it after
         reduction and clipping, before the EMA, and not at all after an fp16 overflow."""
         if self.settings.prox == "none" or self._nothing_left:
+            if self.settings.prox == "none" and self._lifted is not None:
+                self._tell_what_comes_back(model, update_num)
+                self._lifted = None  # once
             super().optimizer_step(optimizer, model, update_num)
             return
         if self._proximal is None or self._proximal.optimizer is not optimizer:
@@ -216,6 +219,20 @@ class AutosizeMixin(FairseqTask):
         if self._proximal.step(update_num):
             self._update_num = update_num + 1
             self._log_counts()
+
+    def _tell_what_comes_back(self, model: nn.Module, update_num: int) -> None:
+        """Of a pruned model that goes on without the freeze that held its dead."""
+        names = self._restored.get("prox_groups", "ffn").split(",")
+        blocks = blocks_in_model(_unwrap(model), names)
+        dead = sum(int(block.dead().sum()) for block in blocks)
+        if dead and self._lifted <= update_num:
+            logger.warning(
+                "--prox none: the checkpoint's freeze, at update %d, held %d dead groups at zero; "
+                "without it they can come back. Give the --prox options again, or compact the "
+                "model first",
+                self._lifted,
+                dead,
+            )
 
     @property
     def uses_ema(self) -> bool:
@@ -319,6 +336,8 @@ class AutosizeMixin(FairseqTask):
         """Take over what `get_checkpoint_dict` gave; fairseq calls it when a run is resumed."""
         same = state.get("prox_freeze_asked", self._asked_freeze) == self._asked_freeze
         anew = self._resets_optimizer  # the updates begin at 0, too
+        if self.settings.prox == "none":
+            self._lifted = None if anew else state.get("prox_frozen_at")
         if self.settings.prox != "none" and "prox_frozen_at" in state and (anew or not same):
             logger.info(
                 "the checkpoint's freeze, at update %d, %s; it does not count any more",
