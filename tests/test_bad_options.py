@@ -45,7 +45,7 @@ COMMAND_LINES = {
     ),
     "--prox l21 --prox-target-sparsity 0.5 --prox-freeze-update auto": "-freeze-update auto: give",
     "--prox l21 --prox-target-sparsity 0.5 --prox-start-update 1": "error: --prox-start-update 1: ",
-    "--prox none --prox-target-sparsity 0.5": "sparsity 0.5 does not go with --prox none",
+    "--prox none --prox-target-sparsity 0.5": "sparsity 0.5 has no effect without an operator: ",
     "--prox l21 --prox-metric newton": "argument --prox-metric: invalid choice: 'newton'",
     "--prox l21 --prox-metric adam": "error: --prox-metric adam has no default strength: give",
     "--prox l21 --prox-metric adam --prox-strength 1 --optimizer sgd": (
@@ -80,6 +80,11 @@ COMMAND_LINES = {
         "error: --prox linf1: its default strength depends on the size of the groups, and they "
     ),
     "--prox l21 --arch lstm": "error: --prox-groups ffn: LSTMModel has no layer encoder.layers.N",
+    "--arch transformer_autosize --encoder-ffn-dims 3,x": "error: --encoder-ffn-dims 3,x: must be",
+    "--arch transformer_autosize --decoder-ffn-dims 3": "error: --decoder-ffn-dims 3: gives 1 size",
+    "--arch transformer_autosize --cross-head-counts 1,2,1,1,1,99": (
+        "error: --cross-head-counts 1,2,1,1,1,99: 99 heads, but the architecture has 8; give at"
+    ),
     "--prox l21 --use-bmuf": "error: --prox does not work with --use-bmuf: its block momentum",
     "--prox l21 --bf16": "error: --prox does not work with --bf16 on fairseq-train's command line",
     "--prox l21 --memory-efficient-fp16": "--memory-efficient-fp16: it keeps no fp32 copy",

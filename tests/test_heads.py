@@ -24,6 +24,7 @@ from test_proximal_optimizer import whole_config
 from fairseq_autosize import proximal_optimizer
 from fairseq_autosize.checkpoint import parameter_names
 from fairseq_autosize.compaction import compact
+from fairseq_autosize.config import ConfigError
 from fairseq_autosize.groups import (
     Attention,
     GroupError,
@@ -368,7 +369,10 @@ def test_optimizer_state_is_cut_with_its_heads():
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ("3,1", "head counts: 3 heads, but the architecture has 2"),
+        (
+            "1,3",
+            "--encoder-head-counts 1,3: 3 heads, but the architecture has 2; give at most so many",
+        ),
         ("1", "--encoder-head-counts 1: gives 1 sizes for 2 layers"),
         ("1,x", "--encoder-head-counts 1,x: must be numbers >= 0"),
     ],
@@ -376,5 +380,5 @@ def test_optimizer_state_is_cut_with_its_heads():
 def test_bad_head_counts_are_refused(counts, message):
     _, args = build_model()
     settings = vars(args) | {"_name": "transformer_autosize", "encoder_head_counts": counts}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         build(Namespace(**settings), model_task())

@@ -24,6 +24,7 @@ from fairseq.modules import MultiheadAttention
 from fairseq.tasks import FairseqTask
 from torch import Tensor, nn
 
+from ..config import ConfigError
 from ..groups import ATTENTION_PARTS
 
 _SIDES = ("encoder", "decoder")
@@ -121,7 +122,22 @@ def _resize(args: Any, side: str, stack: nn.Module, kept: str | None) -> None:
         if own == side and layers and getattr(layers[0], module, None) is not None:
             counts = layer_sizes(args, f"{name}_head_counts", len(layers), kept)
             if counts is not None:
+                _check_heads(args, f"{name}_head_counts", max(counts), getattr(layers[0], module))
                 set_heads(layers, module, counts)
+
+
+def _check_heads(args: Any, option: str, most: int, attention: MultiheadAttention) -> None:
+    """Refuse more heads than the architecture has."""
+    if most > attention.num_heads:
+        raise ConfigError(
+            f"{_flag(args, option)}: {most} heads, but the architecture has {attention.num_heads}; "
+            "give at most so many"
+        )
+
+
+def _flag(args: Any, option: str) -> str:
+    """How an option was given on the command line."""
+    return f"--{option.replace('_', '-')} {getattr(args, option)}"
 
 
 def layer_sizes(args: Any, option: str, layers: int, kept: str | None = None) -> list[int] | None:
@@ -135,23 +151,25 @@ def layer_sizes(args: Any, option: str, layers: int, kept: str | None = None) ->
             all layers before.
 
     Raises:
-        ValueError: not a list of numbers >= 0, or not one for each layer; names the flag.
+        ConfigError: not a list of numbers >= 0, or not one for each layer; names the flag.
     """
     text = getattr(args, option, None)
     if not text:
         return None
-    flag = f"--{option.replace('_', '-')} {text}"
+    flag = _flag(args, option)
     parts = text.split(",")
     if not all(part.strip().isdecimal() for part in parts):
-        raise ValueError(f"{flag}: must be numbers >= 0, separated by commas, one for each layer")
+        raise ConfigError(f"{flag}: must be numbers >= 0, separated by commas, one for each layer")
     sizes = [int(part) for part in parts]
     if kept:
         chosen = sorted(int(index) for index in kept.split(","))
         if chosen[-1] >= len(sizes):
-            raise ValueError(f"{flag}: layers-to-keep {kept} names a layer beyond these")
+            raise ConfigError(f"{flag}: layers-to-keep {kept} names a layer beyond these")
         sizes = [sizes[index] for index in chosen]
     if len(sizes) != layers:
-        raise ValueError(f"{flag}: gives {len(sizes)} sizes for {layers} layers")
+        raise ConfigError(
+            f"{flag}: gives {len(sizes)} sizes for {layers} layers; give one for each"
+        )
     return sizes
 
 
@@ -180,16 +198,9 @@ class PrunedAttention(MultiheadAttention):
     Args:
         stock: attention with all heads; sizes and settings are taken from it.
         heads: 0 <= heads <= those of `stock`.
-
-    Raises:
-        ValueError: more heads than that.
     """
 
     def __init__(self, stock: MultiheadAttention, heads: int) -> None:
-        if heads > stock.num_heads:
-            raise ValueError(
-                f"head counts: {heads} heads, but the architecture has {stock.num_heads}"
-            )
         super().__init__(
             stock.embed_dim,
             stock.num_heads,
