@@ -31,7 +31,7 @@ _NO_MASTER = "it keeps no fp32 copy of the weights, so small shrinking is rounde
 
 
 class ConfigError(ValueError):
-    """A `--prox*` option, or a combination, that cannot work; the message names the flag."""
+    """An option of ours, or a combination, that cannot work; the message names the flag."""
 
 
 @functools.cache
@@ -277,12 +277,18 @@ class Settings:
         if self.freeze_share is None and not self.has_target:
             return None
         share = DEFAULT_FREEZE if self.freeze_share is None else self.freeze_share
-        if not max_update:
-            raise ConfigError(
-                f"the freeze is to come after {share:g} of the updates, and --max-update is not "
-                "given: give it, or --prox-freeze-update a number of updates"
-            )
         default = self.freeze_share is None
+        if not max_update:
+            given, why = f"--prox-freeze-update {share:g}", "of which it is a share"
+            if default:
+                given = f"--prox-target-sparsity {self.target_sparsity}"
+                if self.target_sparsity is None:
+                    given = f"--prox-target-parameters {self.target_parameters}"
+                why = f"the freeze comes {share:g} of the way from the warm-up's end to it"
+            raise ConfigError(
+                f"{given} needs --max-update: {why}; give it, or give --prox-freeze-update a "
+                "number of updates"
+            )
         begin = min(max(begin, self.start_update), max_update) if default else 0
         freeze = begin + round(share * (max_update - begin))
         if not freeze:
@@ -313,9 +319,12 @@ def _check_target(flag: str, share: float, cfg: Any) -> None:
     """Refuse a target that is no share, or that contradicts another option."""
     if not 0 < share < 1:  # NaN too
         raise ConfigError(f"{flag} {share}: must be a share between 0 and 1, both excluded")
+    if str(cfg.prox) == "none":
+        raise ConfigError(
+            f"{flag} {share} has no effect without an operator: add --prox l21 (or linf1)"
+        )
     both = cfg.prox_target_sparsity is not None and cfg.prox_target_parameters is not None
     conflicts = {
-        "--prox none": str(cfg.prox) == "none",
         "--prox-target-parameters": both,
         f"--prox-strength {cfg.prox_strength}, which it sets by itself": (
             cfg.prox_strength is not None

@@ -80,7 +80,14 @@ def test_values_are_read():
         ({"prox_target_scope": "layer"}, "--prox-target-scope layer: there is no target; give"),
         ({"prox_target_scope": "side"}, "--prox-target-scope side: choose one of model, layer"),
         ({"prox_target_parameters": float("nan")}, "--prox-target-parameters nan: must be a"),
-        ({"prox_target_sparsity": 0.5}, "--prox-target-sparsity 0.5 does not go with --prox none"),
+        *(
+            (
+                {option: 0.5},
+                f"--{option.replace('_', '-')} 0.5 has no effect without an operator: add --prox "
+                "l21 (or linf1)",
+            )
+            for option in ("prox_target_sparsity", "prox_target_parameters")
+        ),
         (
             {"prox": "l21", "prox_target_sparsity": 0.5, "prox_target_parameters": 0.5},
             "--prox-target-sparsity 0.5 does not go with --prox-target-parameters",
@@ -270,11 +277,21 @@ def test_when_the_freeze_comes(options, max_update, warmup, freeze):
 @pytest.mark.parametrize(
     ("options", "max_update", "message"),
     [
-        ({}, 0, r"after 0\.2 of the updates, and --max-update is not given: give it, or"),
+        (
+            {},
+            0,
+            r"^--prox-target-sparsity 0\.5 needs --max-update: the freeze comes 0\.2 of the way "
+            r"from the warm-up's end to it; give it, or give --prox-freeze-update a number of up",
+        ),
+        (
+            {"prox_target_sparsity": None, "prox_target_parameters": 0.1},
+            0,
+            r"^--prox-target-parameters 0\.1 needs --max-update: the freeze comes 0\.2 of the way",
+        ),
         (
             {"prox_freeze_update": "0.3"},
             0,
-            r"after 0\.3 of the updates, and --max-update is not",
+            r"^--prox-freeze-update 0\.3 needs --max-update: of which it is a share; give it, or",
         ),
         (
             {"prox_start_update": 20, "prox_freeze_update": "0.2"},
@@ -289,7 +306,7 @@ def test_when_the_freeze_comes(options, max_update, warmup, freeze):
     ],
 )
 def test_targets_need_an_end(options, max_update, message):
-    chosen = settings(prox="l21", prox_target_sparsity=0.5, **options)
+    chosen = settings(prox="l21", **({"prox_target_sparsity": 0.5} | options))
     with pytest.raises(ConfigError, match=message):
         chosen.freeze_of(max_update)
 
