@@ -283,9 +283,27 @@ def test_step_follows_the_schedule_and_rows_die_when_predicted(schedule, corpus,
                 "no effect without --prox-freeze-update auto: --prox-freeze-patience",
             ],
         ),
-        ("--prox-groups attention --prox-couple", ["no effect on heads: --prox-couple"]),
+        (
+            "--prox-groups attention --prox-couple --prox-strength 1",
+            [
+                "no effect on heads: --prox-couple",
+                "no group without gradient would die by update 6: the thresholds add up to 0.0",
+            ],
+        ),
+        (
+            "--prox-strength 22.6 --lr-scheduler fixed --warmup-updates 0",
+            ["; a neuron without gradient would die at update 6 (first 5, last not by update 6)"],
+        ),
+        (
+            "--prox-strength 19 --lr-scheduler fixed --warmup-updates 0 --prox-groups all",
+            ["; the smallest group without gradient would die at update 5, the median one not by"],
+        ),
+        (
+            "--lr-scheduler fixed --force-anneal 2",
+            ["; a neuron without gradient dies once strength * (sum of the learning rates)"],
+        ),
     ],
-    ids=["start", "freeze", "couple"],
+    ids=["start", "freeze", "couple", "last", "median", "anneal"],
 )
 def test_what_cannot_happen_in_a_run_is_told(options, told, corpus, run, tmp_path):
     train = ("fairseq_cli.train", corpus, *AUTOSIZE, *TINY_MODEL, *TINY_TRAINING, "--prox", "l21")

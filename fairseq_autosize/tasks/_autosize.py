@@ -45,7 +45,8 @@ logger = logging.getLogger(__name__)
 HORIZON = 100_000
 
 # Schedules that follow from the update's number alone. Others wait for validation losses or belong
-# to another optimizer, and --lr with several values changes by epoch: no forecast there.
+# to another optimizer, and --lr with several values and --force-anneal change the rate by epoch: no
+# forecast there.
 PLANNED_SCHEDULES = ("fixed", "inverse_sqrt", "cosine", "polynomial_decay", "tri_stage")
 
 
@@ -640,6 +641,7 @@ class AutosizeMixin(FairseqTask):
 
     def _lifetime(self, proximal: ProximalOptimizer, update_num: int) -> str:
         """When neurons without gradient would die under this strength and schedule."""
+        noun = "neuron" if all(isinstance(x, FeedForward) for x in self._blocks) else "group"
         norms = proximal.dual_norms().tolist()
         smallest, median, largest = (
             float(q) for q in torch.tensor(norms).quantile(torch.tensor([0.0, 0.5, 1.0]))
@@ -653,7 +655,7 @@ class AutosizeMixin(FairseqTask):
         rates = self._learning_rates()
         if rates is None:
             return (
-                f"{described}; a neuron without gradient dies once strength * (sum of the learning "
+                f"{described}; a {noun} without gradient dies once strength * (sum of the learning "
                 "rates) exceeds its norm; this schedule does not tell beforehand when"
             )
         thresholds = [
@@ -662,15 +664,21 @@ class AutosizeMixin(FairseqTask):
         ][update_num:]
         deaths = death_updates([smallest, median, largest], thresholds)
         first, middle, last = (None if d is None else d + update_num for d in deaths)
+        end = update_num + len(thresholds)
         if first is None:
             return (
-                f"{described}; no neuron without gradient would die by update "
-                f"{update_num + len(thresholds)}: the thresholds add up to {sum(thresholds):.3g} "
-                "only. Raise --prox-strength, the learning rate or the number of updates"
+                f"{described}; no {noun} without gradient would die by update {end}: the "
+                f"thresholds add up to {sum(thresholds):.3g} only. Raise --prox-strength, the "
+                "learning rate or the number of updates"
+            )
+        if middle is None:
+            return (
+                f"{described}; the smallest {noun} without gradient would die at update {first}, "
+                f"the median one not by update {end}"
             )
         return (
-            f"{described}; a neuron without gradient would die at update {middle or 'never'} "
-            f"(first {first}, last {last or 'never'})"
+            f"{described}; a {noun} without gradient would die at update {middle} (first {first}, "
+            f"last {f'not by update {end}' if last is None else last})"
         )
 
     @property
@@ -686,7 +694,8 @@ class AutosizeMixin(FairseqTask):
             return itertools.repeat(self.settings.step_size, horizon)
         if root is None or root.lr_scheduler._name not in PLANNED_SCHEDULES:
             return None
-        if len(root.optimization.lr) > 1:
+        by_epoch = getattr(root.lr_scheduler, "force_anneal", None) is not None
+        if by_epoch or len(root.optimization.lr) > 1:
             return None
         probe = _LearningRateProbe(None)
         scheduler = build_lr_scheduler(root.lr_scheduler, probe)
