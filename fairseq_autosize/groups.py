@@ -9,7 +9,7 @@ Zeroing the rows silences the head; its rows of ``q_proj`` and ``k_proj`` then c
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -241,31 +241,42 @@ def blocks_in_model(model: nn.Module, groups: Sequence[str] = ("ffn",)) -> list[
         GroupError: no such block, or one that cannot be auto-sized.
     """
     kinds = {kind for group in groups for kind in GROUP_NAMES[group]}
-    found: list[Block] = []
+    places = list(_places(model))
+    found = [
+        _feed_forward(name, kind, module) if kind in _FFN else _attention(name, kind, module)
+        for kind, name, module in places
+        if kind in kinds
+    ]
+    if not found:
+        asked = f"--prox-groups {','.join(groups)}: {type(model).__name__} has no"
+        if there := {kind for kind, _, _ in places}:
+            names = [name for name, own in GROUP_NAMES.items() if there.intersection(own)]
+            raise GroupError(f"{asked} such blocks; this model has: {', '.join(names)}")
+        classes = Counter(type(m).__name__ for n, m in model.named_modules() if n)
+        listed = ", ".join(f"{name} x{count}" for name, count in sorted(classes.items()))
+        raise GroupError(
+            f"{asked} layer encoder.layers.N or decoder.layers.N with such blocks (Linear fc1 and "
+            f"fc2, or MultiheadAttention). Modules found: {listed or 'none'}"
+        )
+    return found
+
+
+def _places(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+    """Kind, path and module of all blocks in a model's layers, whether they can be auto-sized."""
     aligning = aligning_attention(getattr(model, "alignment_layer", None))
     for name, module in model.named_modules():
         match = _LAYER.search(name)
         if not match:
             continue
-        kind = f"{match['side']}-ffn"
-        if kind in kinds and (layer := _feed_forward(name, kind, module)):
-            found.append(layer)
+        if all(isinstance(getattr(module, part, None), nn.Linear) for part in ("fc1", "fc2")):
+            yield f"{match['side']}-ffn", name, module
         for part, kind in (
             ("self_attn", f"{match['side']}-attention"),
             ("encoder_attn", "cross-attention"),
         ):
             block = getattr(module, part, None)
-            if kind in kinds and block is not None and f"{name}.{part}" != aligning:
-                found.append(_attention(f"{name}.{part}", kind, block))
-    if not found:
-        classes = Counter(type(m).__name__ for n, m in model.named_modules() if n)
-        listed = ", ".join(f"{name} x{count}" for name, count in sorted(classes.items()))
-        raise GroupError(
-            f"--prox-groups {','.join(groups)}: {type(model).__name__} has no layer "
-            "encoder.layers.N or decoder.layers.N with such blocks (Linear fc1 and fc2, or "
-            f"MultiheadAttention). Modules found: {listed or 'none'}"
-        )
-    return found
+            if block is not None and f"{name}.{part}" != aligning:
+                yield kind, f"{name}.{part}", block
 
 
 def aligning_attention(layer: int | None) -> str | None:
@@ -273,10 +284,8 @@ def aligning_attention(layer: int | None) -> str | None:
     return None if layer is None else f"decoder.layers.{layer}.encoder_attn"
 
 
-def _feed_forward(name: str, kind: str, module: nn.Module) -> FeedForward | None:
-    fc1, fc2 = getattr(module, "fc1", None), getattr(module, "fc2", None)
-    if not (isinstance(fc1, nn.Linear) and isinstance(fc2, nn.Linear)):
-        return None
+def _feed_forward(name: str, kind: str, module: nn.Module) -> FeedForward:
+    fc1, fc2 = module.fc1, module.fc2
     activation = getattr(module, "activation_fn", None)
     if activation is None:
         raise GroupError(

@@ -76,8 +76,13 @@ def test_blocks_of_a_language_model():
     model, _ = build_language_model()
     kinds = {block.kind for block in blocks_in_model(model, ("all",))}
     assert kinds == {"decoder-ffn", "decoder-attention"}
-    with pytest.raises(GroupError, match="--prox-groups cross-attention: TransformerLanguageModel"):
-        blocks_in_model(model, ("cross-attention",))
+    for groups in (("cross-attention",), ("encoder-ffn", "encoder-attention")):
+        told = (
+            f"--prox-groups {','.join(groups)}: TransformerLanguageModel has no such blocks; this "
+            "model has: ffn, decoder-ffn, attention, decoder-attention, all$"
+        )
+        with pytest.raises(GroupError, match=told):
+            blocks_in_model(model, groups)
 
 
 def test_attention_with_extra_keys_is_refused():
