@@ -21,7 +21,7 @@ from test_compaction import outputs, prune
 from test_control import ADAM
 from test_proximal_optimizer import whole_config
 
-from fairseq_autosize import proximal_optimizer
+from fairseq_autosize import prox, proximal_optimizer
 from fairseq_autosize.checkpoint import parameter_names
 from fairseq_autosize.compaction import compact
 from fairseq_autosize.config import ConfigError
@@ -145,6 +145,79 @@ def test_step_on_heads(operator, bias):
         assert torch.equal(own.out_proj.bias, plain.out_proj.bias)
     assert 0 < dead < 12
     assert sum(int(block.dead().sum()) for block in blocks) == dead
+
+
+def head_of(attention, head, bias, of=lambda parameter: parameter):
+    """The entries of a head, or what `of` gives for them, as a row; heads are 4 wide."""
+    rows = slice(4 * head, 4 * head + 4)
+    parts = [of(attention.v_proj.weight)[rows], of(attention.out_proj.weight)[:, rows]]
+    parts += [of(attention.v_proj.bias)[rows]] if bias else []
+    return torch.cat([part.flatten() for part in parts]).detach()[None]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_step_on_heads_in_adams_metric(operator, bias):
+    """Head by head, with D from Adam's own state; a head has more entries than a row of v."""
+    model, _ = build_model()
+    twin, _ = build_model()
+    optimizer, other = optimizer_of(model), optimizer_of(twin)
+    blocks = blocks_in_model(model, ("attention",))
+    backward(model, optimizer)
+    backward(twin, other)
+    other.step()
+
+    def metric(parameter):
+        moment = other.optimizer.state[parameter]["exp_avg_sq"]
+        return (moment.sqrt() + 1e-8) / (1 - 0.98) ** 0.5
+
+    names = [(block.name, head) for block in blocks for head in range(2)]
+    heads = [
+        [head_of(twin.get_submodule(name), head, bias, *of) for of in ((), (metric,))]
+        for name, head in names
+    ]
+    # Between what the sixth and the seventh of the heads survive.
+    order = 2 if operator == "l21" else 1
+    threshold = float(torch.tensor([(w * d).norm(order) for w, d in heads]).sort().values[5]) * 1.01
+    entries = 4 * 8 * 2 + 4 * bias
+    scale = (entries / (8 + bias)) ** OPERATORS[operator].growth
+    plan = Plan(threshold / scale / 0.02)
+    shape = GroupShape(bias=bias, adam=True)
+    ProximalOptimizer(optimizer, blocks, OPERATORS[operator], plan, shape).step(0)
+    dead = 0
+    for (name, head), (values, metrics) in zip(names, heads, strict=True):
+        expected = getattr(prox, f"prox_{operator}_diagonal")(values, metrics, threshold)
+        mine = head_of(model.get_submodule(name), head, bias)
+        torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-6)
+        assert bool((mine == 0).all()) == bool((expected == 0).all())
+        dead += bool((expected == 0).all())
+    assert 6 <= dead < 12
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_penalty_weighs_groups_by_their_size(operator, bias):
+    """What prox_penalty shows, of coupled neurons and of heads, against norms taken one by one."""
+    model, _ = build_model()
+    blocks = blocks_in_model(model, ("all",))
+    shape = GroupShape(bias=bias, fc2=True)
+    proximal = ProximalOptimizer(optimizer_of(model), blocks, OPERATORS[operator], Plan(1.0), shape)
+    expected = 0.0
+    for block in blocks:
+        module = model.get_submodule(block.name)
+        heads = isinstance(block, Attention)
+        first, last = (module.v_proj, module.out_proj) if heads else (module.fc1, module.fc2)
+        width = 4 if heads else 1
+        for group in range(block.count):
+            rows = slice(width * group, width * (group + 1))
+            parts = [first.weight[rows], last.weight[:, rows]] + [first.bias[rows]] * bias
+            entries = torch.cat([part.flatten() for part in parts]).detach()
+            norm = entries.norm() if operator == "l21" else entries.abs().max()
+            # Random entries: the l2 norm grows as the root of their number. What linf1 compares
+            # with its threshold is an l1 norm, which grows as the number.
+            growth = 0.5 if operator == "l21" else 1.0
+            expected += float(norm) * (len(entries) / (8 + bias)) ** growth
+    assert proximal.penalty() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_dead_head_says_nothing():
