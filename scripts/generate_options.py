@@ -41,14 +41,18 @@ Which of them for which wish: [choosing](choosing.md).
   and `--maximize-best-checkpoint-metric`: the validation loss or BLEU, from the freeze on; the best
   checkpoint is then one of the final size, and `--patience` counts from there. Both need a target
   or `--prox-freeze-update`, and do not go with `--lr-scheduler reduce_lr_on_plateau`. A run that
-  goes on from a checkpoint with another metric needs `--reset-meters` once.
+  goes on from a checkpoint with another metric, or with a freeze that does not count any more (see
+  the next point), needs `--reset-meters` once.
 - **Going on from a checkpoint with other `--prox` options.** They hold from the next update on;
   where they say something else of the target or the freeze, the old freeze does not count any more.
-  The default freeze is then a fifth of the way from there to `--max-update`. A number of updates
-  counts from the training's first; one that has passed cuts all that is to die at once. Neurons
-  that are dead at the freeze stay so where `--prox-couple` or the bias is new: what else of theirs
-  belongs to the group then becomes zero, too. With `--finetune-from-model` everything begins at
-  update 0.
+  The default freeze is then a fifth of the way from there to `--max-update`, which must be larger
+  than the number of updates done. `--prox-freeze-update`, a number or a share, counts from the
+  training's first update. If that update has passed already, everything that has to die is cut at
+  once. If you add `--prox-couple` or the bias on resuming, neurons that were dead stay dead: their
+  bias or column of fc2 is set to zero at the freeze. Without `--prox`, or with `--prox none`,
+  nothing holds dead neurons at zero any more, and they can come back: the log warns of it. Give the
+  `--prox` options again, or compact the model first. With `--finetune-from-model` everything begins
+  at update 0.
 - **`--max-epoch`, `--patience`, `--stop-min-lr`.** A run that they end before the freeze has not
   reached its target.
 - **`--weight-decay`** shrinks all weights by a factor; it neither kills a neuron by itself nor
@@ -62,8 +66,10 @@ Which of them for which wish: [choosing](choosing.md).
   fairseq puts the class where a function belongs and cannot run it. With all but relu the slope
   at 0 is not 0: a zero row then gets a gradient, and Adam can move it by more in an update than
   the prox takes back, so some dead neurons come back and the count goes up and down. The log
-  warns of it at the start. From a freeze on (`--prox-freeze-update`, or a target) the dead are
-  held.
+  warns of it at the start. With relu a zero row gets no gradient, but the optimizer's momentum, if
+  it is more than the prox takes back, can still move one that has just died; it comes back then,
+  with `--prox-metric adam` as well. Only from a freeze on (`--prox-freeze-update`, or a target) are
+  the dead held, whatever the activation.
 - **`--fp16`, `common.bf16=true`** (with fp32 master weights), **`--amp`**: the step acts on the
   fp32 weights. On a CPU, `--fp16` needs `--fp16-no-flatten-grads`. `--bf16` on fairseq-train's
   command line means a TPU to fairseq and is refused; fairseq-hydra-train with `common.bf16=true`

@@ -308,6 +308,27 @@ def test_resumed_at_or_beyond_the_freeze(update):
     assert dead_in(model) == 6
 
 
+@pytest.mark.parametrize("adam", [False, True])
+def test_momentum_takes_dead_relu_neurons_back_until_the_freeze(adam):
+    """A zero row gets no gradient through relu, but Adam steps on with that of before."""
+    model = Quadratic()
+    cfg = whole_config(**ADAM)
+    optimizer = build_fairseq_optimizer(cfg.optimizer, list(model.parameters()))
+    weight = model.fc1.weight
+    layer = FeedForward("x", "encoder-ffn", weight, None, torch.zeros(4, 1), torch.relu)
+    plan = Plan(strength=0.6, freeze_update=30)
+    proximal = ProximalOptimizer(optimizer, [layer], OPERATORS["l21"], plan, GroupShape(adam=adam))
+    dead = []
+    for update in range(60):
+        optimizer.set_lr(0.1)
+        weight.grad = (weight != 0).float()  # the loss falls with the weights, where there are any
+        proximal.step(update)
+        dead.append(bool(layer.dead()))
+    came_back = [update for update in range(1, 60) if dead[update - 1] and not dead[update]]
+    assert came_back and max(came_back) < 30
+    assert len(set(dead[30:])) == 1
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_coupled_groups_are_rows_with_columns(operator):
     model, optimizer = adam_model()

@@ -421,7 +421,7 @@ class AutosizeMixin(FairseqTask):
         if sloping:
             logger.warning(
                 "activation %s has a slope at 0, so dead neurons still get gradients and come "
-                "back; the count goes up and down. With --activation-fn relu they stay dead",
+                "back; the count goes up and down. With --activation-fn relu they get none",
                 ", ".join(sorted(sloping)),
             )
         freeze = self._freeze_update()
