@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-# Strength when --prox-strength is not given; docs/results.md has the runs that chose it.
+# Strength when --prox-strength is not given; docs/results-more.md has the runs that chose it.
 DEFAULT_L21_STRENGTH = 1.0
 
 
