@@ -35,9 +35,9 @@ def sentence_groups(references: list[str], training: Iterable[str]) -> dict[str,
 def collect(output: Path, folders: Iterable[Path], baselines: Sequence[str]) -> dict[str, Any]:
     """All runs' results, and how they differ from the baselines; plain data for a JSON file.
 
-    Where a search or a sweep of further keys made several of one data set, run and seed, a run's
-    name has the parts of its folder that tell them apart, such as ``dense/0.1``, and is compared
-    with the baseline of the same parts.
+    Where a search or a sweep of further keys has folders of its own, a run's name has them, such
+    as ``dense/0.1``, and it is compared with the baseline of the same ones. Always, so that one
+    value is not compared with another while a sweep is half done.
     """
     results = [
         json.loads((folder / "result.json").read_text(encoding="utf-8"))
@@ -83,10 +83,7 @@ def _compare(
 
 
 def _apart(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What of each result's folder tells it from others of its data, run and seed, as `/0.1`."""
-    keys = Counter((result["data"], result["run"], result["seed"]) for result in results)
-    if all(number == 1 for number in keys.values()):
-        return [""] * len(results)
+    """What each result's folder has beside its data, run and seed, as `/0.1`."""
     return [
         "".join(
             f"/{part}"

@@ -430,6 +430,17 @@ def test_runs_of_a_sweep_are_compared_with_the_same_value(grid_results, output):
     )
 
 
+def test_values_of_a_sweep_that_is_half_done_are_not_mixed(grid_results, output):
+    """Only base/0.1 and worse/0.3 are there: each once, and with nothing to be compared with."""
+    for run, value in (("base", "0.1"), ("worse", "0.3")):
+        shutil.move(output / "a" / run / "seed-1", output / "a" / run / value / "seed-1")
+    folders = sorted(path.parent for path in output.rglob("0.?/seed-1/result.json"))
+    summary = grid_results.collect(output, folders, ["base"])
+    assert len(folders) == 2 and summary["comparisons"] == []
+    table = grid_results.table(summary)
+    assert "| base/0.1 | 1 |" in table and "| worse/0.3 | 1 |" in table
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory, corpus) -> Path:
     """The tiny corpus, as prepare_data.py would leave it."""
