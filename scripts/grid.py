@@ -280,8 +280,11 @@ class Run:
     def _claim(self) -> None:
         """Note the settings in the folder, unless it has something of others."""
         noted = self.folder / "settings.json"
-        if not self._has("trained", "result") and not any(self.folder.glob("checkpoint*.pt")):
-            (self.folder / "train.log").unlink(missing_ok=True)  # of a start that came to nothing
+        saved = {path.name for path in self.folder.glob("checkpoint*.pt")}
+        if not self._has("trained", "result") and saved <= {"checkpoint_pruned.pt"}:
+            # Of a start that came to nothing, or whose checkpoints were removed to begin anew.
+            for name in ("train.log", "unpruned.json", "pruned.json", "checkpoint_pruned.pt"):
+                (self.folder / name).unlink(missing_ok=True)
         elif not noted.exists():
             raise RunError(
                 f"{self.folder} has a run, but not its settings.json; remove that folder"

@@ -253,6 +253,37 @@ def test_a_folder_with_something_else_is_left_alone(bare_run, grid, tmp_path):
         run._claim()
 
 
+@pytest.mark.parametrize("left", [[], ["checkpoint_pruned.pt"]])
+def test_a_run_whose_checkpoints_were_removed_prunes_again(left, bare_run, grid, monkeypatch):
+    """With what is noted of the first start it would train on from nothing as if it had pruned."""
+    prune = {"method": "torch-pruning", "sparsity": 0.5, "update": 4}
+    run = bare_run(prune=prune, train={"validate-interval-updates": 2})
+    run.record["languages"] = ["xx", "yy"]
+    for name in ("unpruned.json", "pruned.json"):
+        (run.folder / name).write_text("{}")
+    for path in run._checkpoints():
+        path.unlink()
+    for name in left:
+        (run.folder / name).touch()
+    commands = []
+
+    def execute(command, log, append=False, lock=None):
+        commands.append(command)
+        if "fairseq_cli.train" in command:
+            log.touch()
+        for name in ("last", "pruned"):
+            (run.folder / f"checkpoint_{name}.pt").touch()
+        return 1.0, 1.0
+
+    monkeypatch.setattr(grid.pipeline, "execute", execute)
+    run._claim()
+    assert {path.name for path in run.folder.iterdir()} == {"data", "settings.json"}
+    run._train()
+    programs = [["prune" in command[1], "--prox" in command] for command in commands]
+    assert programs == [[False, False], [True, False], [False, True]]
+    assert (run.folder / "pruned.json").exists()
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
