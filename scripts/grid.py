@@ -352,6 +352,7 @@ class Run:
         last, pruned = self.folder / "checkpoint_last.pt", self.folder / "checkpoint_pruned.pt"
         command = [sys.executable, str(script), str(last), str(pruned)]
         command += ["--sparsity", str(prune["sparsity"])]
+        pruned.unlink(missing_ok=True)  # of a start that was killed before it was used
         pipeline.execute(command, self.folder / "prune.log", lock=self.lock)
         for unpruned in self._checkpoints():  # none of them to be selected
             if unpruned != last:

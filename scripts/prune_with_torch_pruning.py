@@ -76,6 +76,8 @@ def main() -> None:
     args = parser.parse_args()
     if not 0 < args.sparsity < 1:
         parser.error(f"--sparsity {args.sparsity}: must lie between 0 and 1")
+    if args.output.exists():
+        parser.error(f"OUTPUT {args.output}: exists already; choose another name, or remove it")
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     try:
         checkpoint = read_checkpoint(args.checkpoint)
@@ -87,7 +89,10 @@ def main() -> None:
         if block.fc1_bias is not None:
             block.fc1_bias[neurons] = 0
         logging.info("%s: %d of %d neurons removed", block.name, len(neurons), block.count)
-    write_checkpoint(checkpoint, args.output)
+    try:
+        write_checkpoint(checkpoint, args.output)
+    except CheckpointError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

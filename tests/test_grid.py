@@ -21,6 +21,7 @@ from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from small_models import build_model, checkpoint_of
 
 from fairseq_autosize.checkpoint import write_checkpoint
 
@@ -282,6 +283,35 @@ def test_a_run_whose_checkpoints_were_removed_prunes_again(left, bare_run, grid,
     programs = [["prune" in command[1], "--prox" in command] for command in commands]
     assert programs == [[False, False], [True, False], [False, True]]
     assert (run.folder / "pruned.json").exists()
+
+
+def test_a_pruning_that_was_killed_at_its_end_is_done_again(bare_run, grid, monkeypatch):
+    run = bare_run()
+    (run.folder / "checkpoint_pruned.pt").write_text("old")
+
+    def execute(command, log, lock=None):
+        with (run.folder / "checkpoint_pruned.pt").open("x") as file:  # which must not exist
+            file.write("new")
+
+    monkeypatch.setattr(grid.pipeline, "execute", execute)
+    run._prune({"method": "torch-pruning", "sparsity": 0.5, "update": 4})
+    assert (run.folder / "checkpoint_last.pt").read_text() == "new"
+
+
+def test_the_pruning_script_tells_in_a_line_what_it_cannot_write(tmp_path):
+    pytest.importorskip("torch_pruning")
+    model, args = build_model()
+    write_checkpoint(checkpoint_of(model, args), tmp_path / "in.pt")
+    (tmp_path / "out.pt").touch()
+    command = [sys.executable, SCRIPTS / "prune_with_torch_pruning.py", "in.pt", "out.pt"]
+    command += ["--sparsity", "0.5"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "OUTPUT out.pt: exists already; choose" in result.stderr.splitlines()[-1]
+    command[3] = "absent/out.pt"
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "error: absent/out.pt: cannot write: No such file" in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
