@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -383,7 +384,7 @@ def _add_train_compacting(commands: argparse._SubParsersAction) -> None:
         help="fairseq-train in stages, with compaction in between",
         description="Run fairseq-train in stages of some epochs. Once enough neurons have died, "
         "the model is compacted between two stages and goes on smaller, so that auto-sizing "
-        "shortens its own training.",
+        "shortens its own training. The same command again goes on from checkpoint_last.pt.",
         epilog=f"example: {_PROG} train-compacting --share 0.2 DATA --user-dir fairseq_autosize "
         "--arch transformer --prox l21 --max-epoch 20 ...",
     )
@@ -414,7 +415,12 @@ def _add_train_compacting(commands: argparse._SubParsersAction) -> None:
 
 def _train_compacting(arguments: argparse.Namespace) -> None:
     train = [arguments.data, *arguments.arguments]
-    done = train_in_stages(train, arguments.share, arguments.stage_epochs)
+    # So that it can end its fairseq-train first, as it does at Ctrl-C.
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        done = train_in_stages(train, arguments.share, arguments.stage_epochs)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     sys.stdout.write(f"trained with {len(done)} compactions\n")
     for result in done:
         widths = "; ".join(

@@ -2,7 +2,8 @@
 
 A stage is an ordinary ``fairseq-train``, a program of its own. After it the checkpoint it left is
 compacted with its optimizer's state, and the next stage goes on from there with the smaller model.
-This works in every mode in which fairseq resumes.
+This works in every mode in which fairseq resumes. What is needed to go on after an interruption is
+in the last checkpoint: how far the training is, and the sizes of the model.
 """
 
 import logging
@@ -12,8 +13,15 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from .checkpoint import CheckpointError, read_checkpoint, write_checkpoint
+from .checkpoint import (
+    CheckpointError,
+    model_config,
+    printable,
+    read_checkpoint,
+    write_checkpoint,
+)
 from .compaction import Compaction, compact
+from .groups import ATTENTION_PARTS
 from .report import count_neurons
 
 logger = logging.getLogger(__name__)
@@ -31,6 +39,8 @@ class StageError(ValueError):
 def train_in_stages(arguments: Sequence[str], share: float, epochs: int) -> list[Compaction]:
     """Run fairseq-train to its end, compacting every few epochs what has died.
 
+    Where ``--save-dir`` has the last checkpoint of such a training, it goes on from there.
+
     Args:
         arguments: fairseq-train's own, with ``--max-update`` or ``--max-epoch``.
         share: compact once at least this share (0 < share <= 1) of the neurons, or of the heads,
@@ -46,45 +56,86 @@ def train_in_stages(arguments: Sequence[str], share: float, epochs: int) -> list
     """
     own = _parse(arguments, epochs)
     last = Path(own.save_dir, _LAST.replace(".", f"{own.checkpoint_suffix}."))
-    if last.exists():
-        raise StageError(
-            f"{last} exists already; choose another --save-dir, or remove what is in it"
-        )
     done: list[Compaction] = []
     extra: list[str] = []
-    stage = stage_end = 0
+    stage = stage_end = finished = 0
     while True:
+        if stage or last.exists():
+            checkpoint = read_checkpoint(last)
+            if not stage:
+                _check_same(checkpoint, own.arch, last)
+                logger.info("going on from %s", last)
+            updates, finished = _progress(checkpoint)
+            # A stage that ended before its last epoch was ended by fairseq, as by --stop-min-lr.
+            if (
+                (own.max_update and updates >= own.max_update)
+                or (own.max_epoch and finished >= own.max_epoch)
+                or finished < stage_end
+            ):
+                return done
+            if told := _dead(checkpoint, share):
+                result = compact(checkpoint, keep_optimizer=True)
+                checkpoint = result.checkpoint
+                write_checkpoint(checkpoint, last, force=True)
+                done.append(result)
+                logger.info("after update %d: dead are %s; going on without them", updates, told)
+            # fairseq takes the architecture from the command line; the last option counts.
+            extra = _sizes(checkpoint)
         stage += 1
-        stage_end = min(stage_end + epochs, own.max_epoch or stage_end + epochs)
+        stage_end = (finished // epochs + 1) * epochs
+        stage_end = min(stage_end, own.max_epoch or stage_end)
         command = [sys.executable, "-m", "fairseq_cli.train", *arguments, *extra]
         command += ["--max-epoch", str(stage_end)]
         logger.info("stage %d: up to epoch %d", stage, stage_end)
-        status = subprocess.run(command).returncode
-        if status:
+        if status := _run(command):
             raise StageError(f"fairseq-train failed with exit status {status}; see its output")
-        checkpoint = read_checkpoint(last)
-        updates, epoch = _progress(checkpoint)
-        # A stage that ended before its last epoch was ended by fairseq, such as by --stop-min-lr.
-        if (
-            (own.max_update and updates >= own.max_update)
-            or (own.max_epoch and epoch >= own.max_epoch)
-            or epoch < stage_end
-        ):
-            return done
-        count = count_neurons(checkpoint)
-        kinds = {"neurons": count["ffn_neurons"], "heads": count["attention_heads"]}
-        if any(x["pruned"] and x["pruned"] >= share * x["total"] for x in kinds.values()):
-            result = compact(checkpoint, keep_optimizer=True)
-            write_checkpoint(result.checkpoint, last, force=True)
-            done.append(result)
-            logger.info(
-                "after update %d: dead are %s; going on without them",
-                updates,
-                ", ".join(f"{x['pruned']} of {x['total']} {kind}" for kind, x in kinds.items()),
-            )
-            # fairseq takes the architecture from the command line; the last option counts.
-            extra = ["--arch", f"{own.arch.removesuffix('_autosize')}_autosize"]
-            extra += result.width_options()
+
+
+def _run(command: Sequence[str]) -> int:
+    """Run a command to its end; what ends this program meanwhile, as Ctrl-C, ends that one first.
+
+    Alone it would go on writing to its folder, where the next start would be a second one.
+    """
+    process = subprocess.Popen(command)
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+
+
+def _dead(checkpoint: dict, share: float) -> str:
+    """What is dead, in words; empty where it is less than the share of each kind."""
+    count = count_neurons(checkpoint)
+    kinds = {"neurons": count["ffn_neurons"], "heads": count["attention_heads"]}
+    if not any(x["pruned"] and x["pruned"] >= share * x["total"] for x in kinds.values()):
+        return ""
+    return ", ".join(f"{x['pruned']} of {x['total']} {kind}" for kind, x in kinds.items())
+
+
+def _check_same(checkpoint: dict, arch: str, last: Path) -> None:
+    """Refuse the checkpoint of another architecture than the command's, compacted or not."""
+    found = _arch(checkpoint)
+    if found.removesuffix("_autosize") != arch.removesuffix("_autosize"):
+        raise StageError(
+            f"{last} is there already, and of --arch {printable(found)}, not {arch}; choose "
+            "another --save-dir, or remove what is in it"
+        )
+
+
+def _sizes(checkpoint: dict) -> list[str]:
+    """The options that give fairseq-train the checkpoint's sizes; none if it was not compacted."""
+    model = model_config(checkpoint)
+    names = [f"{side}_ffn_dims" for side in ("encoder", "decoder")]
+    names += [f"{part}_head_counts" for part in ATTENTION_PARTS]
+    sizes = [f"--{name.replace('_', '-')}={model[name]}" for name in names if model.get(name)]
+    return [f"--arch={_arch(checkpoint)}", *sizes] if sizes else []
+
+
+def _arch(checkpoint: dict) -> str:
+    model = model_config(checkpoint)
+    return str(model.get("arch") or model.get("_name"))
 
 
 def _parse(arguments: Sequence[str], epochs: int) -> Namespace:
@@ -139,10 +190,8 @@ def _progress(checkpoint: dict) -> tuple[int, int]:
     """(updates, epochs finished) of a checkpoint."""
     try:
         updates = checkpoint["optimizer_history"][-1]["num_updates"]
-        iterator = checkpoint["extra_state"]["train_iterator"]
-        epoch, inside = iterator["epoch"], iterator.get("iterations_in_epoch")
-        # At the end of an epoch fairseq stores the next one, from its beginning.
-        return int(updates), int(epoch if inside else epoch - 1)
+        # The epoch in which it goes on: at the end of one, fairseq stores the next.
+        return int(updates), int(checkpoint["extra_state"]["train_iterator"]["epoch"] - 1)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             "the checkpoint does not tell how far its training is (optimizer_history, "

@@ -1,12 +1,15 @@
 """`fairseq-autosize compact` and the commands around it: as programs, on trained models."""
 
+import contextlib
 import json
 import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -191,11 +194,12 @@ def test_trainings_that_cannot_go_in_stages(arguments, message, tmp_path, capsys
         (["--checkpoint-suffix=-1.x"], "checkpoint_last-1.x.pt"),
     ],
 )
-def test_stages_do_not_go_on_from_another_training(options, name, saved, tmp_path, capsys):
+def test_stages_do_not_go_on_from_another_architecture(options, name, saved, tmp_path, capsys):
     saved.rename(tmp_path / name)
-    arguments = ["data", "--arch", "transformer", "--max-epoch", "1", "--save-dir", tmp_path]
+    arguments = ["data", "--arch", "transformer_tiny", "--max-epoch", "1", "--save-dir", tmp_path]
     message = failure(capsys, "train-compacting", *arguments, *options)
-    assert f"{tmp_path / name} exists already" in message
+    told = "is there already, and of --arch transformer, not transformer_tiny; choose another"
+    assert f"{tmp_path / name} {told}" in message
 
 
 # --- trained models -----------------------------------------------------------------------------
@@ -305,6 +309,46 @@ def test_training_in_stages_ends_where_one_run_ends(trained, corpus, run, tmp_pa
     ends = [logged(output, "valid")[-1]["valid_loss"] for output in (whole, staged.stdout)]
     assert ends[1] == pytest.approx(ends[0], abs=2e-3)
     assert (tmp_path / "staged" / "checkpoint_last_x.pt").exists()
+
+
+@pytest.mark.heavy
+def test_stages_that_are_told_to_end_leave_nothing_behind_and_go_on(trained, corpus, run, tmp_path):
+    train = [corpus, "--user-dir", USER_DIR, *TINY_MODEL, *TINY_TRAINING, *DETERMINISTIC]
+    train += ["--finetune-from-model", trained, "--max-update", "30", "--save-dir"]
+    whole = run("fairseq_cli.train", *train, tmp_path / "whole").stdout
+    staged = [COMMAND, "train-compacting", "--share", "0.01", "--stage-epochs", "2"]
+    staged += [*train, tmp_path / "staged"]
+
+    def children() -> int:
+        found = 0
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended
+                words = (process / "cmdline").read_bytes()
+                found += b"fairseq_cli.train" in words and bytes(tmp_path / "staged") in words
+        return found
+
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(staged, stdout=log, stderr=log)
+        try:
+            end = time.monotonic() + 120
+            while "stage 2: " not in (tmp_path / "log").read_text() and time.monotonic() < end:
+                time.sleep(0.1)
+            while not children() and time.monotonic() < end:
+                time.sleep(0.1)
+        finally:
+            process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    assert children() == 0
+    log = (tmp_path / "log").read_text()
+    assert "going on without them" in log and "Traceback" not in log
+    again = subprocess.run(staged, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr[-4000:]
+    assert "going on from " in again.stderr and "stage 1: up to epoch 4" in again.stderr
+    losses = [[p["loss"] for p in logged(output)] for output in (whole, again.stdout)]
+    assert 0 < len(losses[1]) < len(losses[0])
+    assert losses[1] == pytest.approx(losses[0][-len(losses[1]) :], abs=2e-3)
+    ends = [logged(output, "valid")[-1]["valid_loss"] for output in (whole, again.stdout)]
+    assert ends[1] == pytest.approx(ends[0], abs=2e-3)
 
 
 @pytest.mark.heavy

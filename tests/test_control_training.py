@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import subprocess
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from fairseq.tasks import setup_task
 from programs import run_program
 from test_training import AUTOSIZE, assert_same_checkpoints, count_dead, layers_of, logged
 
+from fairseq_autosize import staged_training
 from fairseq_autosize.checkpoint import read_checkpoint, write_checkpoint
 from fairseq_autosize.cli import main
 from fairseq_autosize.compaction import compact
@@ -295,7 +295,7 @@ def test_target_counts_what_compaction_has_removed(
 ):
     """Training in stages: the share is one of the neurons that there were at the start."""
     # The command itself starts its stages in test_training_in_stages_ends_where_one_run_ends.
-    monkeypatch.setattr(subprocess, "run", lambda command: run_program(*command[2:]))
+    monkeypatch.setattr(staged_training, "_run", lambda c: run_program(*c[2:]).returncode)
     command = ["train-compacting", "--share", "0.01", "--stage-epochs", "2", corpus, *TRAIN[1:]]
     command += ["--prox", "l21", *target, "--prox-freeze-update", "24"]
     command += ["--max-update", "40", "--save-dir", tmp_path]
@@ -305,6 +305,33 @@ def test_target_counts_what_compaction_has_removed(
     dead, total = count_dead(tmp_path / "checkpoint_last.pt")
     assert rows == total < 96
     assert total - dead == left
+
+
+def test_stages_go_on_where_they_were_interrupted(corpus, run, tmp_path, monkeypatch, capsys):
+    """Within an epoch before the first compaction, and after it: all ends as without."""
+    monkeypatch.setattr(staged_training, "_run", lambda c: run_program(*c[2:]).returncode)
+    train = [corpus, *TRAIN[1:], "--prox", "l21", "--prox-target-sparsity", "0.7", "--seed", "2"]
+    train += ["--prox-freeze-update", "24", "--save-dir"]
+
+    def staged(folder: str, end: int) -> str:
+        words = ["train-compacting", "--share", "0.3", *train, tmp_path / folder]
+        assert main([*map(str, words), "--max-update", str(end)]) == 0
+        return capsys.readouterr().out
+
+    assert staged("whole", 40).startswith("trained with ")
+    run("fairseq_cli.train", *train, tmp_path / "parts", "--max-update", "4")  # and not in stages
+    compactions = [staged("parts", end)[len("trained with ")] for end in (29, 36, 40, 40)]
+    assert int(compactions[0]) > 0 and compactions[-1] == "0"
+    ends = [read_checkpoint(tmp_path / name / "checkpoint_last.pt") for name in ("whole", "parts")]
+    updates = [end["optimizer_history"][-1]["num_updates"] for end in ends]
+    losses = [end["extra_state"]["val_loss"] for end in ends]
+    assert updates == [40, 40] and losses[1] == pytest.approx(losses[0], abs=2e-3)
+    ends = [compact(end, keep_optimizer=True) for end in ends]
+    assert ends[1].widths == ends[0].widths
+    assert sum(map(sum, ends[0].widths.values())) == 29
+    slots = [end.checkpoint["last_optimizer_state"]["state"].values() for end in ends]
+    moments = [[float(slot["exp_avg_sq"].norm()) for slot in state] for state in slots]
+    assert moments[1] == pytest.approx(moments[0], rel=0.01, abs=1e-6)
 
 
 def test_target_of_every_layer_counts_layers_that_are_gone(corpus, run, tmp_path):
