@@ -8,11 +8,13 @@ from pathlib import Path
 
 # "... | train_inner | {json}" with --log-format json, else "... | train_inner | epoch 001: 20 / 72
 # loss=10.4, num_updates=20" within an epoch and "... | train | epoch 001 | loss 9.1 | ..." then.
-_STATS = re.compile(r"\| (train_inner|train|valid\w*) \| (.*)$")
+# Of fairseq-hydra-train "[...][train_inner][INFO] - " comes before the same.
+_BEFORE, _BEHIND = r"(?:\| |\]\[)", r"(?: \||\]\[INFO\] -)"
+_STATS = re.compile(rf"{_BEFORE}(train_inner|train|valid\w*){_BEHIND} (.*)$")
 _PAIR = re.compile(r"\b(\w+)[= ]([-+0-9.einfa]+)")  # \b: no damaged line takes quadratic time
 _KIND = r"[\w-]+(?: \d{1,15})+"
 _LAYERS = re.compile(rf"alive after update (\d{{1,15}}), layer by layer: ({_KIND}(?:; {_KIND})*)$")
-_NOTED = re.compile(r"\| fairseq_autosize\S* \| (command|signature): (.*)$")
+_NOTED = re.compile(rf"{_BEFORE}fairseq_autosize[\w.]*{_BEHIND} (command|signature): (.*)$")
 
 
 @dataclass

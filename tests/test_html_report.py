@@ -38,6 +38,10 @@ SIMPLE = """\
 2026-01-01 10:00:03 | INFO | valid | epoch 002 | valid on 'valid' subset | loss 8.25 | ppl inf | num_updates 20
 2026-01-01 10:00:03 | INFO | train | epoch 002 | loss 9 | num_updates 20
 """
+HYDRA, HYDRA_SIMPLE = (
+    re.sub(r"^(\S+ \S+) \| INFO \| (\S+) \|", r"[\1,123][\2][INFO] -", text, flags=re.M)
+    for text in (JSON, SIMPLE)
+)
 LOG_FILE = "\n".join(line.split(" | ")[-1] for line in JSON.splitlines()) + "\n"
 
 
@@ -51,7 +55,8 @@ def read(tmp_path, *texts):
 
 
 @pytest.mark.parametrize(
-    "text", [JSON, SIMPLE, LOG_FILE, JSON + JSON, JSON + '... {"epoch": 2, "lo']
+    "text",
+    [JSON, SIMPLE, HYDRA, HYDRA_SIMPLE, LOG_FILE, JSON + JSON, JSON + '... {"epoch": 2, "lo'],
 )
 def test_progress_of_every_format(text, tmp_path):
     log = read(tmp_path, text)
@@ -61,8 +66,9 @@ def test_progress_of_every_format(text, tmp_path):
     assert log.series("valid", "neurons_alive") == []
 
 
-def test_layers_and_notes(tmp_path):
-    log = read(tmp_path, JSON)
+@pytest.mark.parametrize("text", [JSON, HYDRA])
+def test_layers_and_notes(text, tmp_path):
+    log = read(tmp_path, text)
     assert log.layers == {20: {"encoder-ffn": [12, 3], "decoder-ffn": [10, 0]}}
     assert log.notes == {"signature": "prox:l21|seed:1", "command": "fairseq-train DATA --prox l21"}
 
@@ -509,3 +515,30 @@ def test_a_real_training_tells_its_layers(corpus, run, tmp_path):
     assert "--prox l21 --prox-target-sparsity 0.5" in log.notes["command"]
     assert main(["report", str(tmp_path), "--output", str(tmp_path / "report.html")]) == 0
     assert "48 of 96" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("form", ["json", "simple"])
+def test_a_real_training_of_hydra_train_is_read(form, corpus, run, tmp_path):
+    layers = {"layers": 2, "embed_dim": 16, "ffn_embed_dim": 24, "attention_heads": 2}
+    common = {"user_dir": str(USER_DIR), "cpu": True, "log_format": form, "log_interval": 2}
+    task = {"_name": "translation_autosize", "prox": "l21", "prox_target_sparsity": 0.5}
+    config = {
+        "common": common,
+        "task": {**task, "data": str(corpus)},
+        "model": {"_name": "transformer", "encoder": layers, "decoder": layers},
+        "criterion": {"_name": "cross_entropy"},
+        "optimizer": {"_name": "adam"},
+        "lr_scheduler": {"_name": "inverse_sqrt", "warmup_updates": 5},
+        "dataset": {"max_tokens": 400, "required_batch_size_multiple": 1, "num_workers": 0},
+        "optimization": {"max_update": 20, "lr": [0.005]},
+        "checkpoint": {"save_dir": str(tmp_path), "no_epoch_checkpoints": True},
+    }
+    (tmp_path / "mine.yaml").write_text("# @package _group_\n" + json.dumps(config))
+    options = ["--config-dir", tmp_path, "--config-name", "mine", "hydra.run.dir=."]
+    run("fairseq_cli.hydra_train", *options, cwd=tmp_path)
+    log = read_run(tmp_path).log
+    assert sorted(log.train) == list(range(2, 21, 2)) and max(log.valid) == 20
+    assert log.series("train", "neurons_alive")[-1] == (20, 48)
+    assert sum(map(sum, log.layers[max(log.layers)].values())) == 48
+    assert "--config-name mine" in log.notes["command"] and "l21" in log.notes["signature"]
