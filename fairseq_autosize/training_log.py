@@ -95,6 +95,6 @@ def _values(tag: str, text: str) -> dict[str, float]:
     for name, value in pairs.items():
         try:
             values[name] = float(value)
-        except (TypeError, ValueError):  # null, or a word
+        except (TypeError, ValueError, OverflowError):  # null, a word, or 400 digits
             continue
     return values

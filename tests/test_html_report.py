@@ -241,6 +241,7 @@ LAYERS = "... | alive after update 9, layer by layer: "
         *(LINE.replace('"10"', f'"{n}"') for n in ("inf", "nan", "-5", "1e300", "1" + "0" * 400)),
         "... | train_inner | " + '{"a": ' + "[" * 100_000,
         '... | train_inner | {"num_updates": {"a": 1}}',
+        '... | train_inner | {"num_updates": 1' + "0" * 400 + "}",
     ],
 )
 def test_lines_of_no_update_are_skipped(line, tmp_path):
