@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_TIME = re.compile(r"\b\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\b")
 # The last lines of fairseq-generate.
 _TRANSLATED = re.compile(r"Translated [\d,]+ sentences .* ([\d.]+) tokens/s\)")
 _GENERATED = re.compile(
@@ -77,14 +78,14 @@ def read_run(path: str | os.PathLike[str], name: str | None = None) -> Run:
     folder = path if path.is_dir() else path.parent
     logs = [path]
     if path.is_dir():
-        found = (file for file in path.glob("*.log") if file.is_file())
-        logs = sorted(found, key=lambda file: file.stat().st_mtime)
+        logs = [file for file in path.glob("*.log") if file.is_file()]
     log = TrainingLog()
-    for file in logs:
-        try:
+    try:
+        logs.sort(key=_begun)
+        for file in logs:
             log.read(file)
-        except OSError as error:
-            raise ReportError(f"{file}: cannot read: {error.strerror}") from error
+    except OSError as error:
+        raise ReportError(f"{error.filename or path}: cannot read: {error.strerror}") from error
     if not log.train and not log.valid:
         looked = "no *.log in it" if not logs else f"none in {', '.join(str(f) for f in logs)}"
         raise ReportError(
@@ -97,6 +98,20 @@ def read_run(path: str | os.PathLike[str], name: str | None = None) -> Run:
         _read_checkpoint(run, selected if selected.exists() else folder / "checkpoint_last.pt")
         _read_scores(run, folder)
     return run
+
+
+def _begun(log: Path) -> tuple[str, str]:
+    """When a log was begun, by the first of its lines that tells; for sorting.
+
+    The file's own time may be that of a copy, which has the logs in any order, and the updates of
+    an earlier one that is read later would pass for a new start's.
+    """
+    with log.open(encoding="utf-8", errors="replace") as lines:
+        for line in itertools.islice(lines, 1000):
+            if found := _TIME.search(line):
+                return found[0], log.name
+    changed = datetime.fromtimestamp(log.stat().st_mtime)
+    return changed.isoformat(" ", "seconds"), log.name
 
 
 def tokens_per_second(output: str) -> float | None:

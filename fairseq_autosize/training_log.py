@@ -21,6 +21,9 @@ _NOTED = re.compile(rf"{_BEFORE}fairseq_autosize[\w.]*{_BEHIND} (command|signatu
 class TrainingLog:
     """A training, as its log tells it; what was logged twice, after a resumption, counts as last.
 
+    Where the updates go back, what an earlier attempt had told of later ones is forgotten: of one
+    that was begun anew, or had gone on beyond the checkpoint from which the next one resumed.
+
     Attributes:
         train: the values of the progress lines by update, under the names of fairseq's meters.
         valid: the same for validations (of the first validation set).
@@ -36,37 +39,48 @@ class TrainingLog:
     def read(self, path: str | os.PathLike[str]) -> None:
         """Add the contents of one log. Lines of other programs and half a last line are skipped.
 
+        Of several logs, those of earlier attempts come first.
+
         Raises:
             OSError: the file cannot be read.
         """
         with Path(path).open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
+                if not line.endswith("\n"):  # still being written; its numbers may be cut off
+                    break
                 line = line.rstrip("\n")
                 if found := _STATS.search(line):
                     self._add(found[1], found[2])
                 elif line.startswith('{"epoch"'):
                     # --log-file has no tags, and each line many times.
                     prefix = re.search(r'"(train|valid)_num_updates"', line)
-                    self._add(prefix[1] if prefix else "train_inner", line)
+                    self._add(prefix[1] if prefix else "train_inner", line, has_layers=False)
                 elif found := _LAYERS.search(line):
                     kinds = (part.split() for part in found[2].split(";"))
                     alive = {kind: [int(n) for n in counts] for kind, *counts in kinds}
+                    self._forget_after(int(found[1]))
                     self.layers[int(found[1])] = alive
                 elif found := _NOTED.search(line):
                     self.notes[found[1]] = found[2]
 
-    def _add(self, tag: str, text: str) -> None:
+    def _add(self, tag: str, text: str, has_layers: bool = True) -> None:
         values = _values(tag, text)
         update = values.get("num_updates")
         # Not NaN, nor more than a float counts exactly: a damaged line.
         if update is None or not 0 <= update < 2**53:
             return
-        if tag == "train":  # the mean of an epoch, at an update that has its own
-            return
-        if tag == "train_inner":
-            self.train[int(update)] = values
-        elif tag == "valid":
-            self.valid[int(update)] = values
+        # "train" has the mean of an epoch, at an update that has its own.
+        points = {"train_inner": self.train, "valid": self.valid}.get(tag)
+        if points is not None:
+            # Layers that a log cannot have may be another's, of the same training.
+            self._forget_after(int(update), layers=has_layers)
+            points[int(update)] = values
+
+    def _forget_after(self, update: int, layers: bool = True) -> None:
+        """Drop what has been told of later updates. All are kept in the order of the updates."""
+        for points in (self.train, self.valid, *([self.layers] if layers else [])):
+            while points and next(reversed(points)) > update:
+                points.popitem()
 
     def series(self, part: str, name: str) -> list[tuple[int, float]]:
         """(update, value) of a meter in the order of the updates.

@@ -87,6 +87,44 @@ def test_a_resumed_training_counts_as_last(tmp_path):
     assert log.series("train", "loss") == [(10, 9.5), (15, 9.5), (20, 8.4)]
 
 
+@pytest.mark.parametrize("longer", [JSON, SIMPLE, HYDRA], ids=["json", "simple", "hydra"])
+@pytest.mark.parametrize(
+    ("line", "train", "valid", "layers"),
+    [(2, [10, 15], [], []), (3, [10], [], [15]), (5, [10], [15], [])],
+    ids=["training", "layers", "validation"],
+)
+def test_a_longer_attempt_before_is_forgotten(line, train, valid, layers, longer, tmp_path):
+    """Begun anew with `tee -a`, or in a log of its own; a line tells that it is at update 15."""
+    again = re.sub(r'(num_updates": "|update )\d+', r"\g<1>15", JSON.splitlines()[line]) + "\n"
+    for texts in ([longer + again], [longer, again]):
+        log = read(tmp_path, *texts)
+        assert (list(log.train), list(log.valid), list(log.layers)) == (train, valid, layers)
+
+
+def test_half_a_line_of_numbers_begins_nothing(tmp_path):
+    """It ends in num_updates=2, of which the 0 is still to be written."""
+    half = SIMPLE.splitlines()[1].partition("0, lr=")[0]
+    log = read(tmp_path, SIMPLE + half)
+    assert half.endswith("num_updates=2") and list(log.train) == [10, 20]
+
+
+def test_a_log_file_takes_no_layers_from_another(tmp_path):
+    log = read(tmp_path, JSON, LOG_FILE)
+    assert list(log.train) == [10, 20] and list(log.layers) == [20]
+
+
+@pytest.mark.parametrize("stamped", [True, False])
+def test_logs_of_a_folder_are_read_in_the_order_of_their_trainings(stamped, tmp_path):
+    """By what they tell of the time, whatever a copy has made of the files'; else by those."""
+    texts = [SIMPLE, SIMPLE.replace("num_updates=10", "num_updates=5")]
+    texts = [texts[0], texts[1].splitlines()[0].replace("2026-01-01", "2026-01-02") + "\n"]
+    for text, name, time_of_file in zip(texts, "ba", (9, 5) if stamped else (5, 9), strict=True):
+        file = tmp_path / f"{name}.log"
+        file.write_text(text if stamped else text.replace("2026-01-", ""))
+        os.utime(file, (time_of_file, time_of_file))
+    assert list(read_run(tmp_path).log.train) == [5]
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A training's folder with a model of 44 neurons, of which 19 are dead, and a score."""
@@ -259,27 +297,27 @@ def test_lines_of_no_update_are_skipped(line, tmp_path):
         ],
         [VALID.replace("8.25", "-3"), LINE.replace("9.5", "nan")],
         [JSON, VALID.replace("20", "30").replace("8.25", "inf"), LINE.replace('"2"', '"1e400"')],
-        [LINE, LAYERS + "; ".join(f"kind{n} 1" for n in range(9))],
-        [LINE, LAYERS + "encoder-ffn 1" + "0" * 5000],
-        [LINE, LAYERS.replace("9", "9" * 30) + "encoder-ffn 1" + "0" * 400],
+        [LAYERS + "; ".join(f"kind{n} 1" for n in range(9)), LINE],
+        [LAYERS + "encoder-ffn 1" + "0" * 5000, LINE],
+        [LAYERS.replace("9", "9" * 30) + "encoder-ffn 1" + "0" * 400, LINE],
     ],
 )
 def test_values_that_cannot_be_drawn(lines, tmp_path):
     """Of a training that has diverged, or made up: the others are drawn."""
-    log = read(tmp_path, "\n".join(lines))
+    log = read(tmp_path, "\n".join(lines) + "\n")
     for plot in draw([Run("a", log)]):
         assert plot.svg
 
 
 LETTERS = "x | INFO | train_inner | " + "a" * 100_000
-MANY_LAYERS = "\n".join(LAYERS.replace("9", str(n)) + "encoder-ffn 5 4" for n in range(10_000))
+MANY_LAYERS = "\n".join(LAYERS.replace("9", str(n)) + "encoder-ffn 5 4" for n in range(30, 10_030))
 
 
 @pytest.mark.parametrize("text", [LETTERS, MANY_LAYERS], ids=["a word", "ten thousand updates"])
 def test_time_grows_no_faster_than_the_log(text, folder, tmp_path):
     """It did with the square of both: some minutes each."""
     (folder / "checkpoint_last.pt").unlink()  # which would tell the layers' sizes
-    (folder / "train.log").write_text(f"{text}\n{JSON}")
+    (folder / "train.log").write_text(f"{JSON}{text}\n")
     start = time.monotonic()
     assert main(["report", str(folder), "--output", str(tmp_path / "report.html")]) == 0
     assert time.monotonic() - start < 10
