@@ -161,10 +161,16 @@ def read_lines(location: str, lang: str) -> list[str]:
     if not lines[-1].strip():
         lines.pop()
     if location.endswith(".json"):
-        try:
-            lines = [json.loads(line)["translation"][lang] for line in lines]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{location}: not JSON lines of translations: {error!r}") from error
+        for number, line in enumerate(lines, 1):
+            try:
+                text = json.loads(line)["translation"][lang]
+                if not isinstance(text, str):
+                    raise TypeError(f"{lang} is {text!r}, not a text")
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise DataError(
+                    f"{location}: line {number} is not JSON of a translation: {error!r}"
+                ) from error
+            lines[number - 1] = text
     return [" ".join(line.replace("\ufeff", "").split()) for line in lines]
 
 

@@ -353,6 +353,15 @@ def test_wrong_encoding(folder, tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    "row", ['{"translation": {"en": null}}', '{"translation": {"xx": "a"}}', '{"en', "[" * 100_000]
+)
+def test_json_without_a_text(row, tmp_path):
+    (tmp_path / "dev.json").write_text(f'{{"translation": {{"en": "a"}}}}\n{row}\n')
+    with pytest.raises(prepare_data.DataError, match=r"dev\.json: line 2 is not JSON of a transl"):
+        prepare_data.read_lines(str(tmp_path / "dev.json"), "en")
+
+
 def test_truncated_gzip(folder, tmp_path, capsys):
     data = gzip.compress((folder / "train.en").read_bytes())
     (folder / "train.en").unlink()
