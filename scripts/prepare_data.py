@@ -41,6 +41,7 @@ REMOVE_BPE = {  # options of fairseq-generate
     "subword-nmt": " --remove-bpe",
     "none": "",
 }
+FAIRSEQ_SYMBOLS = {"<s>", "<pad>", "</s>", "<unk>"}
 # Rules that remove lines from the training set, and their values for the noisy data sets. All are
 # off (0 or False) for any other data unless its user asks for them.
 CLEANING = {
@@ -322,6 +323,16 @@ SEGMENTERS = {
 }
 
 
+def check_symbols(name: str, lines: list[str], segmented: list[str]) -> None:
+    """Refuses a text whose segments fairseq would read as its own symbols, such as <pad>."""
+    for line, segments in zip(lines, segmented, strict=True):
+        if found := FAIRSEQ_SYMBOLS.intersection(segments.split()):
+            raise DataError(
+                f"{name}: {sorted(found)[0]} in the line {line[:200]!r} would be fairseq's own "
+                "symbol; write it otherwise, as in < s >, or choose --bpe sentencepiece"
+            )
+
+
 def binarise(text: Path, destination: Path, tests: list[str], langs: Pair) -> None:
     """Runs fairseq-preprocess on a folder of segmented text, one dictionary for both sides."""
     command = [sys.executable, "-m", "fairseq_cli.preprocess", "--joined-dictionary"]
@@ -379,7 +390,9 @@ def prepare(args: argparse.Namespace) -> None:
                 name = f"{split}.{lang}"
                 record["sha256"][name] = hashlib.sha256(encode(lines)).hexdigest()
                 (built / "raw" / name).write_bytes(encode(lines))
-                (segmented / name).write_bytes(encode([segment(line) for line in lines]))
+                segments = [segment(line) for line in lines]
+                check_symbols(name, lines, segments)
+                (segmented / name).write_bytes(encode(segments))
         binarise(segmented, built / "data-bin", tests, langs)
         record["gen_subsets"] = {f"test{i or ''}": test for i, test in enumerate(tests)}
         packages = ("fairseq", "fairseq-fixed", "sentencepiece", "subword-nmt", "torch")

@@ -343,6 +343,28 @@ def test_empty_line_in_test(folder, tmp_path, capsys, line):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("word", "options"),
+    [("<pad>", ["--bpe", "none"]), ("</s>", ["--bpe", "subword-nmt", "--vocab-size", "90"])],
+)
+def test_words_that_fairseq_would_take_for_its_symbols(folder, tmp_path, capsys, word, options):
+    text = (folder / "train.en").read_text()
+    (folder / "train.en").write_text(text.replace(" ", f" {word} "))
+    assert prepare_data.main([str(w) for w in own(folder, tmp_path / "new", *options)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]  # after what subword-nmt says
+    assert f"error: train.en: {word} in the line " in error and "--bpe sentencepiece" in error
+    assert not (tmp_path / "new").exists()
+
+
+def test_sentencepiece_has_no_symbols_of_fairseqs(tmp_path):
+    lines = [f"{word} a{word} {word}b" for word in prepare_data.FAIRSEQ_SYMBOLS] * 50
+    lines += [target for _, target in embedded_corpus.generate(300, 1, 1)["train"]]
+    segment = prepare_data.train_sentencepiece(lines, 200, tmp_path)
+    prepare_data.check_symbols("train.xx", lines, [segment(line) for line in lines])
+    with pytest.raises(prepare_data.DataError, match=r"^train.xx: <unk> in the line 'a <unk>'"):
+        prepare_data.check_symbols("train.xx", ["a <unk>"], ["a <unk>"])
+
+
 def test_wrong_encoding(folder, tmp_path, capsys):
     data = (folder / "train.en").read_bytes().splitlines(keepends=True)
     data[1] = b"caf\xe9\n"
