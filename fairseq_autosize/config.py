@@ -193,6 +193,13 @@ class Settings:
         return self.target_sparsity is not None or self.target_parameters is not None
 
     @property
+    def target(self) -> tuple[str, float | None]:
+        """The flag of the target, and its share."""
+        if self.target_sparsity is not None:
+            return "--prox-target-sparsity", self.target_sparsity
+        return "--prox-target-parameters", self.target_parameters
+
+    @property
     def freezes(self) -> bool:
         """Whether there is to be a freeze, planned or once the dead have stayed the same."""
         asked = (self.freeze_update, self.freeze_share, self.patience)
@@ -281,9 +288,7 @@ class Settings:
         if not max_update:
             given, why = f"--prox-freeze-update {share:g}", "of which it is a share"
             if default:
-                given = f"--prox-target-sparsity {self.target_sparsity}"
-                if self.target_sparsity is None:
-                    given = f"--prox-target-parameters {self.target_parameters}"
+                given = "{} {}".format(*self.target)
                 why = f"the freeze comes {share:g} of the way from the warm-up's end to it"
             raise ConfigError(
                 f"{given} needs --max-update: {why}; give it, or give --prox-freeze-update a "

@@ -26,7 +26,7 @@ import logging
 import re
 import shlex
 import sys
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -156,9 +156,11 @@ def gains(paths: list[Path]) -> str:
     """
     rows = []
     for path in paths:
-        scores = grid_scores(path, "BLEU")
-        comparisons = json.loads(path.read_text(encoding="utf-8"))["comparisons"]
-        against = {(c["data"], c["run"], c["split"], c["baseline"]): c for c in comparisons}
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        scores = grid_scores(summary["results"], "BLEU")
+        against = {
+            (c["data"], c["run"], c["split"], c["baseline"]): c for c in summary["comparisons"]
+        }
         tests = dict.fromkeys((data, split) for data, _, split in scores)
         for data, split in sorted(tests, key=lambda test: grid_results.natural(test[0])):
             dense = scores[data, "dense", split]
@@ -180,20 +182,15 @@ def rates(paths: list[Path]) -> str:
 
     Over the seeds that all of a row's rates have.
     """
-    found: dict[tuple[str, str], dict[float, dict[int, dict]]] = {}
-    for path in paths:
-        for result in json.loads(path.read_text(encoding="utf-8"))["results"]:
-            key = result["data"].partition("-lr-")[0], result["run"]
-            rate = found.setdefault(key, {}).setdefault(float(result["train"]["lr"]), {})
-            rate[result["seed"]] = result
     rows = []
-    for (data, run), by_rate in sorted(found.items()):
-        common = sorted(set.intersection(*map(set, by_rate.values())))
-        if len(by_rate) < 2 or not common:
+    every = by_rate(result for path in paths for result in results_of(path))
+    for (data, run), found in sorted(every.items()):
+        common = sorted(set.intersection(*map(set, found.values())))
+        if not common:
             continue
         row = {"data": data, "run": run, "seeds": " ".join(map(str, common))}
-        for rate, results in sorted(by_rate.items()):
-            chosen = [results[seed] for seed in common]
+        for rate, by_seed in found.items():
+            chosen = [by_seed[seed] for seed in common]
             name = f"{rate:g}"
             row[f"loss, {name}"] = grid_results.values([r["valid_loss"] for r in chosen], 3)
             for split in chosen[0]["scores"]:
@@ -205,10 +202,29 @@ def rates(paths: list[Path]) -> str:
     return benchmark_operators.table(rows)
 
 
-def grid_scores(path: Path, measure: str) -> dict[tuple[str, str, str], dict[int, float]]:
+def by_rate(
+    results: Iterable[Mapping[str, Any]],
+) -> dict[tuple[str, str], dict[float, dict[int, Mapping[str, Any]]]]:
+    """(data, run) -> learning rate -> seed -> result, of what has several rates, lowest first."""
+    found: dict[tuple[str, str], dict[float, dict[int, Mapping[str, Any]]]] = {}
+    for result in sorted(results, key=lambda result: float(result["train"]["lr"])):
+        key = result["data"].partition("-lr-")[0], result["run"]
+        rate = found.setdefault(key, {}).setdefault(float(result["train"]["lr"]), {})
+        rate[result["seed"]] = result
+    return {key: rates for key, rates in found.items() if len(rates) > 1}
+
+
+def results_of(path: Path) -> list[dict[str, Any]]:
+    """The results in one file."""
+    return json.loads(path.read_text(encoding="utf-8"))["results"]
+
+
+def grid_scores(
+    results: Iterable[Mapping[str, Any]], measure: str
+) -> dict[tuple[str, str, str], dict[int, float]]:
     """The scores of a grid on its test sets: (data, run, test set) -> seed -> score."""
     found: dict[tuple[str, str, str], dict[int, float]] = {}
-    for result in json.loads(path.read_text(encoding="utf-8"))["results"]:
+    for result in results:
         for split, score in result["scores"].items():
             if split != "valid":
                 key = result["data"], result["run"], split
@@ -333,14 +349,11 @@ def draw_rates(name: str, path: Path) -> None:
     import figures
 
     scores: dict[str, dict[str, dict[str, list[float]]]] = {}
-    results = json.loads((DOCS / "results" / f"{name}.json").read_text(encoding="utf-8"))["results"]
-    wanted = [result for result in results if result["run"] in ("dense", "narrow", WAYS[-1])]
-    for result in sorted(wanted, key=lambda result: float(result["train"]["lr"])):
-        data = result["data"].partition("-lr-")[0]
-        by_rate = scores.setdefault(TITLES.get(data, data), {})
-        by_run = by_rate.setdefault(f"{float(result['train']['lr']):g}", {})
-        by_run.setdefault(result["run"], []).append(result["scores"]["test"]["BLEU"]["score"])
-    scores = {data: by_rate for data, by_rate in scores.items() if len(by_rate) > 1}
+    for (data, run), found in by_rate(results_of(DOCS / "results" / f"{name}.json")).items():
+        if run in ("dense", "narrow", WAYS[-1]):
+            for rate, seeds in found.items():
+                by_run = scores.setdefault(TITLES.get(data, data), {}).setdefault(f"{rate:g}", {})
+                by_run[run] = [r["scores"]["test"]["BLEU"]["score"] for r in seeds.values()]
     figures.by_rate(scores, "1,024 neurons a layer (dense), or 384", path)
 
 
@@ -348,7 +361,7 @@ def draw_widths(name: str, data: str, title: str, path: Path) -> None:
     """What is left of each layer in Adam's metric, seed 1."""
     import figures
 
-    results = json.loads((DOCS / "results" / f"{name}.json").read_text(encoding="utf-8"))["results"]
+    results = results_of(DOCS / "results" / f"{name}.json")
     found = {(r["data"], r["run"]): r for r in results if r["seed"] == 1}
     uniform = found[data, "narrow"]["neurons"]["layers"][0]["total"]
     figures.widths(found[data, WAYS[-1]], uniform, title, path)
@@ -360,7 +373,7 @@ def draw_gains(path: Path) -> None:
 
     gained: dict[str, dict[str, dict[int, list[float]]]] = {}
     for measure, name in itertools.product(("BLEU", "chrF2"), SIZES):
-        scores = grid_scores(DOCS / "results" / f"{name}.json", measure)
+        scores = grid_scores(results_of(DOCS / "results" / f"{name}.json"), measure)
         for data, way in dict.fromkeys((data, run) for data, run, _ in scores if run in WAYS):
             if not (pairs := re.fullmatch(r"\D+-(\d+)", data)):  # of another learning rate
                 continue
@@ -377,8 +390,7 @@ def draw_gallery(name: str) -> None:
     import figures
 
     path = DOCS / "results" / f"{name}.json"
-    results = json.loads(path.read_text(encoding="utf-8"))["results"]
-    results = {result["run"]: result for result in sorted(results, key=by_kind_and_value)}
+    results = {r["run"]: r for r in sorted(results_of(path), key=by_kind_and_value)}
     bleu = {run: result["scores"]["test"]["BLEU"]["score"] for run, result in results.items()}
     points: dict[str, list[tuple[float, float]]] = {}
     for run, score in bleu.items():

@@ -102,6 +102,14 @@ def test_shapes_that_do_not_belong_together_are_refused():
         attention_in_state(state, WIDTHS)
 
 
+def head_of(attention, head, bias, of=lambda parameter: parameter):
+    """The entries of a head, or what `of` gives for them, as a row; heads are 4 wide."""
+    rows = slice(4 * head, 4 * head + 4)
+    parts = [of(attention.v_proj.weight)[rows], of(attention.out_proj.weight)[:, rows]]
+    parts += [of(attention.v_proj.bias)[rows]] if bias else []
+    return torch.cat([part.flatten() for part in parts]).detach()[None]
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_step_on_heads(operator, bias):
@@ -125,15 +133,12 @@ def test_step_on_heads(operator, bias):
         own, plain = model.get_submodule(block.name), twin.get_submodule(block.name)
         for head in range(2):
             rows = slice(4 * head, 4 * head + 4)
-            parts = [plain.v_proj.weight[rows].flatten(), plain.out_proj.weight[:, rows].t()]
-            entries = [*parts, plain.v_proj.bias[rows]] if bias else parts
-            joined = torch.cat([part.flatten() for part in entries]).detach()[None].clone()
+            joined = head_of(plain, head, bias)
             OPERATORS[operator].prox_(joined, scale * strength * 0.02)
-            v, out, *rest = joined[0].split([32, 32, 4] if bias else [32, 32])
-            assert torch.allclose(own.v_proj.weight[rows].flatten(), v, atol=1e-6)
-            assert torch.allclose(own.out_proj.weight[:, rows].t().flatten(), out, atol=1e-6)
-            expected = rest[0] if bias else plain.v_proj.bias[rows]
-            assert torch.allclose(own.v_proj.bias[rows], expected, atol=1e-6)
+            assert torch.allclose(head_of(own, head, bias), joined, atol=1e-6)
+            if not bias:
+                untouched = plain.v_proj.bias[rows]
+                assert torch.allclose(own.v_proj.bias[rows], untouched, atol=1e-6)
             is_dead = bool((joined == 0).all())
             assert bool((own.v_proj.weight[rows] == 0).all()) == is_dead
             for name in ("q_proj", "k_proj"):
@@ -145,14 +150,6 @@ def test_step_on_heads(operator, bias):
         assert torch.equal(own.out_proj.bias, plain.out_proj.bias)
     assert 0 < dead < 12
     assert sum(int(block.dead().sum()) for block in blocks) == dead
-
-
-def head_of(attention, head, bias, of=lambda parameter: parameter):
-    """The entries of a head, or what `of` gives for them, as a row; heads are 4 wide."""
-    rows = slice(4 * head, 4 * head + 4)
-    parts = [of(attention.v_proj.weight)[rows], of(attention.out_proj.weight)[:, rows]]
-    parts += [of(attention.v_proj.bias)[rows]] if bias else []
-    return torch.cat([part.flatten() for part in parts]).detach()[None]
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -541,11 +541,8 @@ class AutosizeMixin(FairseqTask):
         self, part: float, sizes: Sequence[int], costs: Sequence[int], numbers: Sequence[int]
     ) -> None:
         """Tell if whole groups of every layer are far from a part of each; refuse if it is none."""
-        settings = self.settings
-        flag, share, of = "--prox-target-sparsity", settings.target_sparsity, "groups"
-        if share is None:
-            flag, share = "--prox-target-parameters", settings.target_parameters
-            of = "model's parameters"
+        flag, share = self.settings.target
+        of = "model's parameters" if self.settings.target_sparsity is None else "groups"
         asked = f"{flag} {share} with --prox-target-scope layer"
         if not any(numbers):
             raise ConfigError(
