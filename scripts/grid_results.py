@@ -3,16 +3,16 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 import benchmark_operators
 import numpy as np
 import pipeline
-from sacrebleu.metrics import BLEU
+from sacrebleu.metrics import BLEU, CHRF
 
 RARE = 5  # a word is rare if the training set has it at most so often
 SAMPLES = 1000  # of the bootstrap
@@ -44,11 +44,14 @@ def collect(output: Path, folders: Iterable[Path], baselines: Sequence[str]) -> 
         | {"folder": str(folder.relative_to(output))}
         for folder in folders
     ]
-    counted = cache(sentence_statistics)  # each file is compared with several
 
-    def statistics(result: Mapping[str, Any], split: str) -> np.ndarray:
+    @cache  # each file is compared with several
+    def counted(measure: str, said: Path, meant: Path) -> np.ndarray:
+        return MEASURES[measure].statistics(pipeline.lines_of(said), pipeline.lines_of(meant))
+
+    def statistics(measure: str, result: Mapping[str, Any], split: str) -> np.ndarray:
         raw = Path(result["path"]) / "raw" / f"{split}.{result['target']}"
-        return counted(output / result["folder"] / f"{split}.txt", raw)
+        return counted(measure, output / result["folder"] / f"{split}.txt", raw)
 
     comparisons = [found for base in baselines for found in _compare(results, base, statistics)]
     return {"kind": "grid", "comparisons": comparisons, "results": results}
@@ -57,12 +60,12 @@ def collect(output: Path, folders: Iterable[Path], baselines: Sequence[str]) -> 
 def _compare(
     results: Sequence[Mapping[str, Any]],
     baseline: str,
-    statistics: Callable[[Mapping[str, Any], str], np.ndarray],
+    statistics: Callable[[str, Mapping[str, Any], str], np.ndarray],
 ) -> list[dict]:
     """Every run against a baseline on every data set and split.
 
-    Each entry has data, split, run, baseline, the seeds that both have, the difference in BLEU (of
-    the means over these seeds), its p, and with how many of the seeds the run is better.
+    Each entry has data, split, run, baseline, the seeds that both have, and for each measure the
+    difference (of the means over these seeds), its p, and with how many of them the run is better.
     """
     told = list(zip(results, _apart(results), strict=True))
     bases = {(r["data"], rest, r["seed"]): r for r, rest in told if r["run"] == baseline}
@@ -77,8 +80,10 @@ def _compare(
         for split in next(iter(pairs.values()))[0]["scores"]:
             entry = {"data": data, "split": split, "run": run, "baseline": baseline}
             entry["seeds"] = sorted(pairs)
-            each = [[statistics(r, split) for r in pair] for pair in pairs.values()]
-            found.append(entry | paired_bootstrap(each))
+            for measure, (_, score) in MEASURES.items():
+                each = [[statistics(measure, r, split) for r in pair] for pair in pairs.values()]
+                entry[measure] = paired_bootstrap(each, score)
+            found.append(entry)
     return found
 
 
@@ -94,27 +99,55 @@ def _apart(results: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def sentence_statistics(translations: Path, references: Path) -> np.ndarray:
+def bleu_statistics(translations: Sequence[str], references: Sequence[str]) -> np.ndarray:
     """What BLEU counts in each sentence: matches and n-grams for n = 1 to 4, both lengths.
 
     Returns:
         Shape [sentences, 10]; their sum over the sentences makes the corpus score.
     """
     metric = BLEU(effective_order=True)  # of a sentence's score, which is not used here
-    both = zip(*map(pipeline.lines_of, (translations, references)), strict=True)
+    both = zip(translations, references, strict=True)
     found = [metric.sentence_score(said, [meant]) for said, meant in both]
     return np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in found])
 
 
 def bleu_of(sums: np.ndarray) -> float:
-    """The corpus score of summed `sentence_statistics`."""
+    """The corpus score of summed `bleu_statistics`."""
     *counts, said, meant = sums.tolist()
     correct, total = counts[: len(counts) // 2], counts[len(counts) // 2 :]
     return BLEU.compute_bleu(correct, total, said, meant, smooth_method="exp").score
 
 
-def paired_bootstrap(pairs: Sequence[Sequence[np.ndarray]]) -> dict[str, Any]:
-    """Is the difference in BLEU, of the means over the seeds, more than chance among sentences?
+def chrf_statistics(translations: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    """What chrF counts in each sentence: n-grams said, meant and common, for n = 1 to 6 characters.
+
+    Returns:
+        Shape [sentences, 18]; their sum over the sentences makes the corpus score.
+    """
+    # Not public: sacreBLEU's score of a sentence does not tell what was counted.
+    return np.array(CHRF()._extract_corpus_statistics(translations, [references]))
+
+
+def chrf_of(sums: np.ndarray) -> float:
+    """The corpus score of summed `chrf_statistics`."""
+    return CHRF()._compute_score_from_stats(sums.tolist()).score
+
+
+class Measure(NamedTuple):
+    statistics: Callable[[Sequence[str], Sequence[str]], np.ndarray]
+    score: Callable[[np.ndarray], float]
+
+
+MEASURES = {
+    "BLEU": Measure(bleu_statistics, bleu_of),
+    "chrF2": Measure(chrf_statistics, chrf_of),
+}
+
+
+def paired_bootstrap(
+    pairs: Sequence[Sequence[np.ndarray]], score: Callable[[np.ndarray], float]
+) -> dict[str, Any]:
+    """Is the difference in scores, of the means over the seeds, more than chance among sentences?
 
     Koehn's paired bootstrap with two changes. A sample of the sentences is the same for all seeds,
     whose translations of one sentence are no independent ones. And p is two-sided: the share of
@@ -123,20 +156,21 @@ def paired_bootstrap(pairs: Sequence[Sequence[np.ndarray]]) -> dict[str, Any]:
     leaves one side, half of this p.) How much training itself varies it does not know.
 
     Args:
-        pairs: `sentence_statistics` of the run and of the baseline, for each seed.
+        pairs: The statistics of the sentences, of the run and of the baseline, for each seed.
+        score: The corpus score of their sum.
 
     Returns:
         ``difference``, ``p`` (at least 1 / 1,001) and ``won``, the seeds in which the run's is
         better.
     """
-    each = [bleu_of(run.sum(0)) - bleu_of(base.sum(0)) for run, base in pairs]
+    each = [score(run.sum(0)) - score(base.sum(0)) for run, base in pairs]
     sentences = len(pairs[0][0])
     generator = np.random.default_rng(12345)
     times = generator.multinomial(sentences, [1 / sentences] * sentences, size=SAMPLES)
     sampled = np.zeros(SAMPLES)
     for run, base in pairs:
         for sign, statistics in ((1, run), (-1, base)):
-            sampled += [sign * bleu_of(sums) / len(pairs) for sums in times @ statistics]
+            sampled += [sign * score(sums) / len(pairs) for sums in times @ statistics]
     # Equal translations differ by rounding alone.
     as_far = np.abs(sampled - sampled.mean()) >= abs(mean(each)) - 1e-9
     p = (int(as_far.sum()) + 1) / (SAMPLES + 1)
@@ -163,12 +197,8 @@ def table(summary: Mapping[str, Any]) -> str:
         }
         for split in results[0]["scores"]:
             row[f"BLEU {split}"] = values([r["scores"][split]["BLEU"]["score"] for r in results], 1)
-        for found in summary["comparisons"]:
-            if (found["data"], found["run"]) == (data, run) and found["split"] == "test":
-                seeds = len(found["seeds"])
-                won = f", {found['won']}/{seeds} seeds" if seeds > 1 else ""
-                told = f"{signed(found['difference'])} (p {found['p']:.3f}{won})"
-                row[f"test against {found['baseline']}"] = told
+        for baseline, told in _against(summary, data, run, "BLEU"):
+            row[f"test against {baseline}"] = told
         rows.append(row)
     return benchmark_operators.table(rows)
 
@@ -186,6 +216,8 @@ def parts_table(summary: Mapping[str, Any]) -> str:
         row = {"data": data, "run": run}
         tests = [result["scores"]["test"] for result in results]
         row["chrF"] = values([test["chrF2"]["score"] for test in tests], 1)
+        for baseline, told in _against(summary, data, run, "chrF2"):
+            row[f"chrF against {baseline}"] = told
         if all("length" in test["BLEU"] for test in tests):
             row["length"] = values([test["BLEU"]["length"] for test in tests], 2)
         for option, value in results[0]["generate"].items():
@@ -198,6 +230,18 @@ def parts_table(summary: Mapping[str, Any]) -> str:
                 row[column] = values([part["score"] for part in parts], 1)
         rows.append(row)
     return benchmark_operators.table(rows)
+
+
+def _against(
+    summary: Mapping[str, Any], data: str, run: str, measure: str
+) -> Iterator[tuple[str, str]]:
+    """Baselines, with the difference on the test set, its p and the seeds in which it is better."""
+    for found in summary["comparisons"]:
+        if (found["data"], found["run"], found["split"]) == (data, run, "test"):
+            seeds, compared = len(found["seeds"]), found[measure]
+            won = f", {compared['won']}/{seeds} seeds" if seeds > 1 else ""
+            told = f"{signed(compared['difference'])} (p {compared['p']:.3f}{won})"
+            yield found["baseline"], told
 
 
 def _by_run(

@@ -170,7 +170,9 @@ def gains(paths: list[Path]) -> str:
                 row[way] = ""
                 if found := against.get((data, way, split, "dense")):
                     score = mean(scores[data, way, split][seed] for seed in found["seeds"])
-                    row[way] = f"{score:.1f}, **{grid_results.signed(found['difference'])}**"
+                    row[way] = (
+                        f"{score:.1f}, **{grid_results.signed(found['BLEU']['difference'])}**"
+                    )
                     if len(found["seeds"]) < len(dense):
                         row[way] += f" (seed {' '.join(map(str, found['seeds']))})"
             rows.append(row)

@@ -35,10 +35,10 @@ def test_gains_are_of_the_seeds_that_both_have(tmp_path, monkeypatch):
     ]
     compared = [("narrow", "dense", [1, 2], 1.0), ("narrow", "other", [1], 7.0)]
     compared += [("l21-target", "dense", [2], -0.04)]
-    keys = ("run", "baseline", "seeds", "difference")
     comparisons = [
-        {"data": "xx-yy", "split": "test"} | dict(zip(keys, values, strict=True))
-        for values in compared
+        {"data": "xx-yy", "split": "test", "run": run, "baseline": baseline, "seeds": seeds}
+        | {"BLEU": {"difference": difference}, "chrF2": {"difference": 99}}
+        for run, baseline, seeds, difference in compared
     ]
     content = {"results": results, "comparisons": comparisons}
     (tmp_path / "grid.json").write_text(json.dumps(content))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -402,7 +403,8 @@ def output(tmp_path):
                 "path": str(tmp_path / "data"),
                 "target": "en",
                 "valid_loss": 4.0,
-                "scores": {"test": {"BLEU": {"score": 10.0 * keep + seed}}},
+                "scores": {"test": {"BLEU": {"score": 10.0 * keep + seed}, "chrF2": {"score": 5}}},
+                "generate": {},
                 "neurons": {
                     "ffn_neurons": {"total": 8, "pruned": 8 - keep},
                     "parameters": {"compact": 1000 * keep},
@@ -419,19 +421,27 @@ def test_collected_runs_are_compared_with_the_baselines(grid_results, output):
     assert set(found) == {"worse", "same"}
     references = read(output.parent / "data" / "raw" / "test.en")
 
-    def bleu(run: str, seed: int) -> float:
+    def score(metric: sacrebleu.BLEU | sacrebleu.CHRF, run: str, seed: int) -> float:
         lines = read(output / "a" / run / f"seed-{seed}" / "test.txt")
-        return sacrebleu.corpus_bleu(lines, [references]).score
+        return metric.corpus_score(lines, [references]).score
 
-    lost = sum(bleu("base", seed) - bleu("worse", seed) for seed in (1, 2)) / 2
-    assert lost > 10 and found["worse"]["seeds"] == [1, 2]
-    assert found["worse"]["difference"] == pytest.approx(-lost, abs=0.006)
-    assert found["same"]["difference"] == 0
-    assert found["worse"]["p"] < 0.01 and found["same"]["p"] == 1
-    assert found["worse"]["won"] == 0
+    assert found["worse"]["seeds"] == [1, 2]
+    lost = {}
+    for measure, metric in (("BLEU", sacrebleu.BLEU()), ("chrF2", sacrebleu.CHRF())):
+        each = [score(metric, "base", seed) - score(metric, "worse", seed) for seed in (1, 2)]
+        lost[measure] = sum(each) / 2
+        worse, same = found["worse"][measure], found["same"][measure]
+        assert lost[measure] > 10
+        assert worse["difference"] == pytest.approx(-lost[measure], abs=1e-3)
+        assert same["difference"] == 0
+        assert worse["p"] < 0.01 and same["p"] == 1
+        assert worse["won"] == 0
+    assert abs(lost["BLEU"] - lost["chrF2"]) > 0.5, "or their columns may be mixed up"
     row = next(line for line in grid_results.table(summary).splitlines() if "| worse |" in line)
-    assert "| 2 | 50.0 % | 4,000 |" in row
-    assert "41.5 (41.0 42.0)" in row and f"{-lost:.1f} (p 0.00" in row and ", 0/2 seeds)" in row
+    assert "| 2 | 50.0 % | 4,000 |" in row and "41.5 (41.0 42.0)" in row
+    assert f"{-lost['BLEU']:.1f} (p 0.00" in row and ", 0/2 seeds)" in row
+    parts = grid_results.parts_table(summary).splitlines()
+    assert f"{-lost['chrF2']:.1f} (p 0.00" in next(line for line in parts if "| worse |" in line)
 
 
 def test_the_bootstrap_rejects_as_often_as_it_says(grid_results):
@@ -445,10 +455,11 @@ def test_the_bootstrap_rejects_as_often_as_it_says(grid_results):
         lengths = np.full((len(quality), 2), 10)
         return np.hstack([matched, np.tile(grams, (len(quality), 1)), lengths])
 
+    paired = partial(grid_results.paired_bootstrap, score=grid_results.bleu_of)
     found = []
     for _ in range(150):
         quality = generator.uniform(0.4, 0.9, size=100)
-        found.append(grid_results.paired_bootstrap([(statistics(quality), statistics(quality))]))
+        found.append(paired([(statistics(quality), statistics(quality))]))
     low = sum(each["p"] < 0.1 for each in found) / len(found)
     assert 0.04 < low < 0.16
     assert max(each["p"] for each in found) > 0.9
@@ -464,7 +475,7 @@ def test_the_bootstrap_takes_all_seeds_translations_of_a_sentence_together(grid_
         return np.hstack([matched, grams, np.full((100, 2), 10)])
 
     pair = statistics(0.02), statistics(0.0)
-    once, thrice = (grid_results.paired_bootstrap([pair] * n) for n in (1, 3))
+    once, thrice = (grid_results.paired_bootstrap([pair] * n, grid_results.bleu_of) for n in (1, 3))
     assert thrice["p"] == pytest.approx(once["p"]) and 0.01 < once["p"] < 0.99
     assert thrice["difference"] == once["difference"] and thrice["won"] == 3 * once["won"]
 
@@ -484,7 +495,8 @@ def test_runs_of_a_sweep_are_compared_with_the_same_value(grid_results, output):
     found = {entry["run"]: entry for entry in summary["comparisons"]}
     assert set(found) == {"worse/0.1", "worse/0.3"}
     assert all(entry["seeds"] == [1, 2] for entry in found.values())
-    assert found["worse/0.1"]["difference"] == -found["worse/0.3"]["difference"] < -10
+    first, second = (found[f"worse/{value}"]["BLEU"]["difference"] for value in (0.1, 0.3))
+    assert first == -second < -10
     table = grid_results.table(summary)
     assert all(
         f"| {run}/{value} | 2 |" in table for run in ("base", "worse") for value in (0.1, 0.3)
