@@ -4,7 +4,8 @@
     python scripts/bench_inference.py --output docs/results/inference-base.json
 
 An untrained model of one architecture (shared embeddings) loses neurons at random until each layer
-has `--kept` percent of them; it is compacted, and exported to CTranslate2. Sources are random
+has `--kept` percent of them, or as many as `--widths` says (what a training has left, say); it is
+compacted, and exported to CTranslate2. Sources are random
 tokens and all lengths are forced, so every variant does the same work: `--length` tokens and the
 end of the sentence on both sides, and so as many steps of the decoder.
 
@@ -37,7 +38,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -69,7 +70,8 @@ class Variant:
     """One model for one engine.
 
     Attributes:
-        name: percent of the neurons that it keeps; ``33 as zeros`` is not compacted.
+        name: percent of the neurons that it keeps, or the `--widths`; ``33 as zeros`` is not
+            compacted.
         path: checkpoint or folder.
         shapes: its state dict without the values, for the count of multiply-adds.
     """
@@ -145,12 +147,34 @@ def dense_checkpoint(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {"args": settings, "model": model.state_dict()} | notes
 
 
-def pruned(checkpoint: Mapping[str, Any], kept: int) -> dict[str, Any]:
-    """A copy in which, in each layer, only `kept` percent of the neurons are not zero."""
+def widths_to_make(args: argparse.Namespace, full: Mapping[str, int]) -> dict[str, list[int]]:
+    """Variant -> the neurons that each layer keeps, the dense one first.
+
+    Args:
+        full: name of each layer -> its neurons.
+
+    Raises:
+        BenchmarkError: `--widths` that the model cannot have.
+    """
+    wanted = {str(kept): [round(n * kept / 100) for n in full.values()] for kept in args.kept}
+    for given in args.widths:
+        sides = [side.split(",") for side in given.split("/")]
+        layers = [sum(name.startswith(side) for name in full) for side in ("encoder", "decoder")]
+        numbers = [int(number) for side in sides for number in side if number.isdecimal()]
+        if [len(side) for side in sides] != layers or len(numbers) != len(full):
+            sizes = " and ".join(map(str, layers))
+            raise BenchmarkError(f"--widths {given}: give {sizes} numbers, as in 8,0/16,4")
+        if any(number > most for number, most in zip(numbers, full.values(), strict=True)):
+            raise BenchmarkError(f"--widths {given}: more than the {max(full.values())} of --ffn")
+        wanted[given] = numbers
+    return wanted
+
+
+def pruned(checkpoint: Mapping[str, Any], widths: Iterable[int]) -> dict[str, Any]:
+    """A copy in which, in each layer, only so many of the neurons are not zero."""
     state = dict(checkpoint["model"])
-    for layer in feed_forward_in_state(state):
-        neurons = layer.fc1_weight.shape[0]
-        dead = torch.randperm(neurons)[round(neurons * kept / 100) :]
+    for layer, kept in zip(feed_forward_in_state(state), widths, strict=True):
+        dead = torch.randperm(layer.fc1_weight.shape[0])[kept:]
         for name in (f"{layer.name}.fc1.weight", f"{layer.name}.fc1.bias"):
             state[name] = state[name].index_fill(0, dead, 0)
     return {**checkpoint, "model": state}
@@ -164,20 +188,23 @@ def make_variants(args: argparse.Namespace, folder: Path) -> dict[str, list[Vari
     """Engine -> its variants, the dense one first; all files are made in the folder."""
     checkpoint = dense_checkpoint(args, folder)
     variants: dict[str, list[Variant]] = {engine: [] for engine in args.engines}
-    for kept in args.kept:
-        print(f"making the model with {kept} % of its neurons", file=sys.stderr)
-        zeros = pruned(checkpoint, kept)
+    layers = feed_forward_in_state(checkpoint["model"])
+    full = {layer.name: layer.fc1_weight.shape[0] for layer in layers}
+    for kept, widths in widths_to_make(args, full).items():
+        print(f"making the model with {column(kept)} of its neurons", file=sys.stderr)
+        zeros = pruned(checkpoint, widths)
         small = compact(zeros).checkpoint
-        files = {"zeros": folder / f"{kept}-zeros.pt", "small": folder / f"{kept}.pt"}
+        name = kept.replace("/", "-")
+        files = {"zeros": folder / f"{name}-zeros.pt", "small": folder / f"{name}.pt"}
         write_checkpoint(zeros, files["zeros"], force=True)
         write_checkpoint(small, files["small"], force=True)
         for engine, made in variants.items():
             path = files["small"]
             if engine.startswith("CTranslate2"):
-                path = folder / f"{kept}-{engine.replace(' ', '-')}"
+                path = folder / f"{name}-{engine.replace(' ', '-')}"
                 export_ctranslate2(small, path, quantization=engine.split()[1], force=True)
-            made.append(Variant(str(kept), path, shapes(small)))
-            if engine == "fairseq" and kept == args.as_zeros:
+            made.append(Variant(kept, path, shapes(small)))
+            if engine == "fairseq" and kept == str(args.as_zeros):
                 made.append(Variant(f"{kept} as zeros", files["zeros"], shapes(zeros)))
     return variants
 
@@ -186,7 +213,7 @@ class Worker:
     """A process of inference_worker.py; while nothing is asked it waits for input."""
 
     def __init__(self, engine: str, variant: Variant, args: argparse.Namespace, log: Path) -> None:
-        self.name = f"{engine}, {variant.name} % kept"
+        self.name = f"{engine}, {column(variant.name)} kept"
         self.log = log
         config = {"engine": engine, "model": str(variant.path), "length": args.length}
         config |= {"words": args.vocab_size - SPECIAL, "seed": args.seed}
@@ -255,7 +282,7 @@ def time_rounds(
     with contextlib.ExitStack() as stack:
         workers = {}
         for variant in variants:
-            log = folder / f"{engine}-{variant.name}.log"
+            log = folder / f"{engine}-{variant.name.replace('/', '-')}.log"
             workers[variant.name] = Worker(engine, variant, args, log)
             stack.callback(workers[variant.name].close)
         for worker in workers.values():  # warm-up
@@ -337,6 +364,9 @@ def cell(measurement: Mapping[str, Any]) -> str:
 
 
 def column(kept: str) -> str:
+    """`33 %`, `33 % as zeros`, or widths with spaces, which a page can break."""
+    if "/" in kept:
+        return kept.replace(",", " ").replace("/", " / ")
     share, _, form = kept.partition(" ")
     return f"{share} % {form}".strip()
 
@@ -369,6 +399,13 @@ def parse_args() -> argparse.Namespace:
     for name in ("layers", "dim", "ffn", "heads"):
         add(f"--{name}", type=int, help="of both sides; default: the architecture's")
     add("--kept", type=int, nargs="+", default=[100, 67, 33, 10, 0], metavar="PERCENT")
+    add(
+        "--widths",
+        nargs="+",
+        default=[],
+        metavar="E1,E2,.../D1,D2,...",
+        help="more variants: the neurons of each layer of the encoder and of the decoder",
+    )
     add("--as-zeros", type=int, default=33, metavar="PERCENT", help="the one not compacted, too")
     add("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), metavar="ENGINE")
     add("--length", type=int, default=25, help="tokens a sentence, without the end (default: 25)")

@@ -71,6 +71,18 @@ def test_a_failing_worker_is_told_with_its_reason(bench_inference, tmp_path):
     worker.close()
 
 
+def test_widths_of_single_layers(bench_inference):
+    sides = ("encoder", "encoder", "decoder")
+    full = {f"{side}.layers.{number}": 16 for number, side in enumerate(sides)}
+    args = Namespace(kept=[100, 50], widths=["0,16/4"])
+    made = bench_inference.widths_to_make(args, full)
+    assert made == {"100": [16] * 3, "50": [8] * 3, "0,16/4": [0, 16, 4]}
+    for wrong in ("0,16,4", "0/16,4", "0,16/", "0,-1/4", "0,17/4", "x,1/4"):
+        args.widths = [wrong]
+        with pytest.raises(bench_inference.BenchmarkError, match=f"--widths {wrong}: "):
+            bench_inference.widths_to_make(args, full)
+
+
 def test_results_are_not_overwritten(bench_inference, monkeypatch, tmp_path, capsys):
     output = tmp_path / "results.json"
     output.write_text("mine")
@@ -107,6 +119,7 @@ def test_program_measures_all_engines(monkeypatch, tmp_path):
     pytest.importorskip("ctranslate2")
     sizes = "--layers 1 --dim 16 --ffn 16 --heads 2 --vocab-size 50".split()
     work = "--length 4 --tokens 20 --rounds 1 --sentences 1 --kept 50 --as-zeros 50".split()
+    work += ["--widths", "0/12"]
     output = tmp_path / "results.json"
     command = [sys.executable, SCRIPTS / "bench_inference.py", *sizes, *work, "--output", output]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -120,7 +133,7 @@ def test_program_measures_all_engines(monkeypatch, tmp_path):
         (engine, setting, kept)
         for engine, names in engines.items()
         for setting in names
-        for kept in ("100", "50", *(["50 as zeros"] if engine == "fairseq" else []))
+        for kept in ("100", "50", "0/12", *(["50 as zeros"] if engine == "fairseq" else []))
     }
     assert set(found) == expected
     for (engine, _, kept), m in found.items():
@@ -128,10 +141,10 @@ def test_program_measures_all_engines(monkeypatch, tmp_path):
         assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"] and m["tokens_per_second"] > 0
         if kept == "100":
             assert (set(ratio.values()), m["limit"]) == ({1.0}, 1.0)
-        assert (m["limit"] > 1) == (kept == "50"), (engine, kept)
+        assert (m["limit"] > 1) == (kept in ("50", "0/12")), (engine, kept)
     disk = {(s["engine"], s["kept"]): s["disk_bytes"] for s in results["sizes"]}
     for engine in engines:
-        assert disk[engine, "50"] < disk[engine, "100"]
+        assert disk[engine, "0/12"] < disk[engine, "50"] < disk[engine, "100"]
     # Without torch in its process.
     peaks = {s["engine"]: s["peak_bytes"] for s in results["sizes"]}
     assert 10e6 < peaks["CTranslate2 int8"] < 100e6 < peaks["fairseq"]
