@@ -211,3 +211,33 @@ def by_rate(
         axes.grid(alpha=0.3, axis="y")
     panels[0].set_ylabel("BLEU (test)")
     save_panels(path, figure, title)
+
+
+def by_size(
+    scores: Mapping[str, Mapping[str, Sequence[tuple[float, Sequence[float]]]]],
+    levels: Mapping[str, float],
+    level: str,
+    title: str,
+    path: Path,
+) -> None:
+    """BLEU against the parameters left; seeds are points, their means lines.
+
+    Args:
+        scores: data -> line -> (parameters in millions, BLEU, one a seed).
+        levels: data -> BLEU of another model, a horizontal line.
+        level: What that is.
+    """
+    figure, panels = pyplot.subplots(1, len(scores), figsize=(6.4, 3.2), layout="constrained")
+    for axes, (data, lines) in zip(panels, scores.items(), strict=True):
+        for marker, (line, found) in zip("os", lines.items(), strict=False):
+            points = sorted((size, mean(each)) for size, each in found)
+            axes.plot(*zip(*points, strict=True), f"{marker}-", label=line, alpha=0.8)
+            singles = [(size, score) for size, each in found for score in each]
+            axes.plot(*zip(*singles, strict=True), ".", color=axes.lines[-1].get_color(), alpha=0.5)
+        if data in levels:
+            axes.axhline(levels[data], color="0.4", linestyle=":", label=level)
+        axes.set_title(data, fontsize="medium")
+        axes.set_xlabel("parameters, millions")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("BLEU (test)")
+    save_panels(path, figure, title)

@@ -44,17 +44,19 @@ Which of them for which wish: [choosing](choosing.md).
   goes on from a checkpoint with another metric, or with a freeze that does not count any more (see
   the next point), needs `--reset-meters` once.
 - **Going on from a checkpoint with other `--prox` options.** They hold from the next update on;
-  where they say something else of the target or the freeze, the old freeze does not count any more.
-  The default freeze is then a fifth of the way from there to `--max-update`, which must be larger
-  than the number of updates done. `--prox-freeze-update`, a number or a share, counts from the
-  training's first update. If that update has passed already, everything that has to die is cut at
-  once. If you add `--prox-couple` or the bias on resuming, neurons that were dead stay dead: their
-  bias or column of fc2 is set to zero at the freeze. Without `--prox`, or with `--prox none`,
-  nothing holds dead neurons at zero any more, and they can come back: the log warns of it. Give the
-  `--prox` options again, or compact the model first. With `--finetune-from-model` everything begins
-  at update 0.
-- **`--max-epoch`, `--patience`, `--stop-min-lr`.** A run that they end before the freeze has not
-  reached its target.
+  where they say something else of the target or the freeze, or, with `auto`, of the step, the old
+  freeze (with `auto` also the wait for it) does not count any more. The default freeze is then a
+  fifth of the way from there to `--max-update`, which must be larger than the number of updates
+  done. `--prox-freeze-update`, a number or a share, counts from the training's first update. If
+  that update has passed already, everything that has to die is cut at once. With the same options a
+  freeze that is still to come stays where it was planned first, also if `--max-update` is larger
+  now: the log says so. If you add `--prox-couple` or the bias on resuming, neurons that were dead
+  stay dead: their bias or column of fc2 is set to zero at the freeze. Without `--prox`, or with
+  `--prox none`, nothing holds dead neurons at zero any more, and they can come back: the log warns
+  of it. Give the `--prox` options again, or compact the model first. With `--finetune-from-model`
+  everything begins at update 0.
+- **`--max-epoch`, `--patience`, `--stop-min-lr`, `--stop-time-hours`.** A run that they end before
+  the freeze has not reached its target.
 - **`--weight-decay`** shrinks all weights by a factor; it neither kills a neuron by itself nor
   revives one.
 - **`--dropout`, `--activation-dropout`** are independent of the prox. **`--encoder-layerdrop`,

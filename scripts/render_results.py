@@ -14,9 +14,9 @@ reached sparsities there, `<!-- seeds NAME NAME ... -->` the means of runs with 
 Those figures are drawn that a page shows: NAME.png, the neurons alive over the updates; for a grid
 also NAME-layers.png, what is left in each layer, NAME-size.png, size against BLEU, and
 NAME-bleu.png, BLEU and loss of the validations over the updates (`select: bleu`); gains.png, what
-is gained against the number of pairs, rates.png, BLEU at two learning rates, and widths.png (in
-README.md), what is left of each layer. --check writes nothing and fails if a table on a page is not
-up to date.
+is gained against the number of pairs, rates.png, BLEU at two learning rates, sizes.png, BLEU
+against size, and widths.png (in README.md), what is left of each layer. --check writes nothing and
+fails if a table on a page is not up to date.
 """
 
 import argparse
@@ -41,18 +41,26 @@ from fairseq_autosize.strength import default_strength
 
 DOCS = Path(__file__).parent.parent / "docs"
 
-# Rows of a grid that `gains` compares with its dense model.
+# Rows of a grid that are compared with its dense model; and those with a tenth of the neurons.
 WAYS = ("narrow", "l21-target", "l21-target-adam")
+TENTH = ("narrow-102", "l21-target-adam-90-percent")
 # What figures call the data sets and files of results.
 TITLES = {
     "hau-en": "Hausa-English",
     "ibo-en-dropout-0.3": "Igbo-English, dropout 0.3",
+    "de-en-3000": "Multi30k, 3,000 pairs",
     "mafand-hau-en": "Hausa-English",
     "multi30k-de-en": "German-English (Multi30k)",
     "de-en-29000": "German-English (Multi30k)",
     "half-embedded": "Embedded corpus, half of the neurons to go",
     "half-multi30k-de-en": "German-English (Multi30k), half of the neurons to go",
 }
+# Low-resource data that every way was run on, by the grid.
+LOW_RESOURCE = (
+    ("mafand-wide", "hau-en"),
+    ("mafand-wide", "ibo-en-dropout-0.3"),
+    ("multi30k-3000", "de-en-3000"),
+)
 # Grids of one model on data of several sizes.
 SIZES = ("multi30k-3000", "multi30k-sizes")
 
@@ -150,7 +158,7 @@ def seeds(paths: list[Path]) -> str:
 
 
 def gains(paths: list[Path]) -> str:
-    """BLEU of the dense model and of others of WAYS, with what they gain, a row a test set.
+    """BLEU of the dense model and of WAYS and TENTH, with what they gain, a row a test set.
 
     Means over the seeds that a way and the dense model both have.
     """
@@ -166,7 +174,7 @@ def gains(paths: list[Path]) -> str:
             dense = scores[data, "dense", split]
             row = {"data": data, "test set": split, "seeds": len(dense)}
             row["dense"] = f"{mean(dense.values()):.1f}"
-            for way in WAYS:
+            for way in WAYS + TENTH:
                 row[way] = ""
                 if found := against.get((data, way, split, "dense")):
                     score = mean(scores[data, way, split][seed] for seed in found["seeds"])
@@ -359,6 +367,31 @@ def draw_rates(name: str, path: Path) -> None:
     figures.by_rate(scores, "1,024 neurons a layer (dense), or 384", path)
 
 
+def draw_sizes(path: Path) -> None:
+    """BLEU against size, of uniform models and auto-sized ones; dense ones at a lower rate."""
+    import figures
+
+    lines = {
+        "uniform, from the start": ("no-ffn", TENTH[0], WAYS[0], "dense"),
+        "auto-sized": (TENTH[1], WAYS[-1]),
+    }
+    scores: dict[str, dict[str, list[tuple[float, list[float]]]]] = {}
+    lower = {}
+    for name, data in LOW_RESOURCE:
+        title = TITLES[data]
+        found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+        for result in results_of(DOCS / "results" / f"{name}.json"):
+            found.setdefault((result["data"], result["run"]), []).append(result)
+        for line, runs in lines.items():
+            for results in (found[data, run] for run in runs if (data, run) in found):
+                millions = mean(r["neurons"]["parameters"]["compact"] for r in results) / 1e6
+                bleu = [r["scores"]["test"]["BLEU"]["score"] for r in results]
+                scores.setdefault(title, {}).setdefault(line, []).append((millions, bleu))
+        dense = found[f"{data}-lr-1e-3", "dense"]
+        lower[title] = mean(r["scores"]["test"]["BLEU"]["score"] for r in dense)
+    figures.by_size(scores, lower, "dense, peak rate 1e-3", "Peak of the learning rate: 3e-3", path)
+
+
 def draw_widths(name: str, data: str, title: str, path: Path) -> None:
     """What is left of each layer in Adam's metric, seed 1."""
     import figures
@@ -437,6 +470,7 @@ def main() -> int:
         draw_gallery("multi30k-de-en")
         draw_gains(DOCS / "results" / "gains.png")
         draw_rates("mafand-wide", DOCS / "results" / "rates.png")
+        draw_sizes(DOCS / "results" / "sizes.png")
         title = "62.5 % of the feed-forward neurons gone, German-English"
         draw_widths("multi30k-sizes", "de-en-29000", title, DOCS / "results" / "widths.png")
     return int(stale)

@@ -129,6 +129,51 @@ def test_a_freeze_of_other_options_does_not_count(corpus, run, tmp_path):
     assert "--prox-freeze-update 60 has passed, so all that is to die is cut now" in late
 
 
+def test_an_automatic_freeze_of_other_options_is_waited_for_anew(corpus, run, tmp_path):
+    """The checkpoint is of a run of which 9 of 12 updates of patience are over, or all."""
+    train = (*TRAIN, corpus, "--prox", "l21", "--prox-freeze-update", "auto")
+    train += ("--prox-freeze-patience", "12", "--disable-validation", "--save-dir")
+    run(*train, tmp_path, "--max-update", "6", "--prox-strength", "0.001")
+    last = tmp_path / "checkpoint_last.pt"
+
+    def goes_on(*options: str, drop: str = "", **entry: int) -> str:
+        checkpoint = read_checkpoint(last)
+        checkpoint["extra_state"]["TranslationAutosizeTask"] |= {"prox_died": 1, **entry}
+        if drop:
+            checkpoint[drop] = None
+        write_checkpoint(checkpoint, tmp_path / "other.pt", force=True)
+        restored = ("--restore-file", tmp_path / "other.pt", "--no-save")
+        return run(*train, tmp_path / "other", *restored, *options).stdout
+
+    waits, strength = {"prox_quiet_updates": 9}, ("--prox-strength", "0.001")
+    more = ("--max-update", "11")
+    assert "frozen after update 9: 0 of 96" in goes_on(*more, *strength, **waits)
+    for options in (
+        (*more, "--prox-strength", "0.002"),
+        (*more, *strength, "--prox-couple"),
+        ("--max-update", "5", *strength, "--reset-optimizer"),
+    ):
+        assert "frozen after" not in goes_on(*options, **waits), options
+    # As an average of checkpoints: fairseq begins at update 0.
+    anew = goes_on("--max-update", "5", *strength, drop="last_optimizer_state", **waits)
+    assert "frozen after" not in anew
+
+    frozen = {"prox_frozen_at": 6}
+    assert "frozen after update 6: 0 of 96" in goes_on(*more, *strength, **frozen)
+    output = goes_on(*more, "--prox-strength", "10", **frozen)
+    assert "freeze, at update 6, was asked for by other options; it does not count" in output
+    assert "frozen after" not in output
+
+
+def test_a_share_of_an_earlier_length_is_told(corpus, run, tmp_path):
+    train = (*TRAIN, corpus, "--prox", "l21", "--prox-target-sparsity", "0.5")
+    train += ("--prox-freeze-update", "0.5", "--save-dir", tmp_path, "--disable-validation")
+    told = "the freeze stays after 15 updates, as planned when the run began; --max-update"
+    assert told not in run(*train, "--max-update", "30", "--max-epoch", "1").stdout
+    output = run(*train, "--max-update", "60", "--max-epoch", "4").stdout
+    assert f"{told} 60 would make it 30. Give" in output and "frozen after update 15" in output
+
+
 def test_the_best_value_of_a_freeze_that_does_not_count_is_not_gone_on_with(corpus, run, tmp_path):
     """Else the best checkpoint would stay one of more neurons than the new target leaves."""
     metric = ("--best-checkpoint-metric", "loss_after_freeze")
@@ -352,11 +397,23 @@ def test_target_of_every_layer_counts_layers_that_are_gone(corpus, run, tmp_path
     assert alive == [0, 15, 15, 15]
 
 
-def test_target_that_cannot_be_met_ends_the_start(corpus, tmp_path):
-    options = ["--prox", "l21", "--prox-target-parameters", "0.9", "--max-update", "2"]
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("--prox-target-parameters", "0.9"),
+            "--prox-target-parameters 0.9: the groups of --prox-groups ffn have 0.",
+        ),
+        (
+            ("--prox-target-sparsity", "0.1", "--prox-groups", "encoder-attention"),
+            "--prox-target-sparsity 0.1: of 4 groups that is not even one when rounded",
+        ),
+    ],
+)
+def test_target_that_cannot_be_met_ends_the_start(options, message, corpus, tmp_path):
+    options = ("--prox", "l21", *options, "--max-update", "2")
     result = run_program(*TRAIN, corpus, *options, "--save-dir", tmp_path)
     assert result.returncode != 0
-    message = "--prox-target-parameters 0.9: the groups of --prox-groups ffn have 0."
     assert message in result.stdout.strip().splitlines()[-1]
     assert not list(tmp_path.glob("*.pt"))
 

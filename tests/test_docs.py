@@ -43,7 +43,7 @@ def test_gains_are_of_the_seeds_that_both_have(tmp_path, monkeypatch):
     content = {"results": results, "comparisons": comparisons}
     (tmp_path / "grid.json").write_text(json.dumps(content))
     gains = importlib.import_module("render_results").gains
-    row = "| xx-yy | test | 2 | 15.0 | 16.0, **+1.0** | 25.0, **+0.0** (seed 2) |  |"
+    row = "| xx-yy | test | 2 | 15.0 | 16.0, **+1.0** | 25.0, **+0.0** (seed 2) |  |  |  |"
     assert gains([tmp_path / "grid.json"]).splitlines()[-1] == row
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TINY_MODEL, TINY_TRAINING, USER_DIR, Runner, plain_fairseq
 
-from fairseq_autosize.checkpoint import read_checkpoint
+from fairseq_autosize.checkpoint import read_checkpoint, write_checkpoint
 from fairseq_autosize.groups import FeedForward, dead_neurons, feed_forward_in_state
 
 pytestmark = pytest.mark.heavy
@@ -311,6 +311,17 @@ def test_what_cannot_happen_in_a_run_is_told(options, told, corpus, run, tmp_pat
     output = run(*train, *options.split()).stdout
     assert all(text in output for text in told)
     assert not re.search(r"would die at update (?:[7-9]|\d\d)", output), "after its end"
+
+
+def test_the_forecast_of_an_open_run_is_about_what_comes(corpus, run, tmp_path):
+    train = ("fairseq_cli.train", corpus, *AUTOSIZE, *TINY_MODEL, *TINY_TRAINING, "--prox", "l21")
+    run(*train, "--max-update", "2", "--save-dir", tmp_path)
+    last = tmp_path / "checkpoint_last.pt"
+    checkpoint = read_checkpoint(last)
+    checkpoint["optimizer_history"][-1]["num_updates"] = 100_005
+    write_checkpoint(checkpoint, last, force=True)
+    output = run(*train, "--max-epoch", "2", "--save-dir", tmp_path).stdout
+    assert re.search(r"a neuron without gradient would die at update 1\d{5} ", output)
 
 
 def test_a_frozen_run_has_no_forecast(corpus, run, tmp_path):

@@ -107,30 +107,37 @@ def test_every_update_is_the_inner_step_and_one_prox(mode, corpus, run, tmp_path
     assert noted["rates"][0] == 0 or "--lr-scheduler" in options, "the warm-up begins at 0"
 
 
-@pytest.mark.parametrize("mode", HYDRA_MODES)
-def test_every_update_in_modes_of_hydra_train(mode, corpus, run, tmp_path):
+def train_by_hydra(
+    mode: str, task: dict, corpus: Path, run: Runner, folder: Path, first: str = ""
+) -> str:
+    """What fairseq-hydra-train prints in one of HYDRA_MODES."""
     layers = {"layers": 2, "embed_dim": 16, "ffn_embed_dim": 24, "attention_heads": 2}
     data = {"max_tokens": 400, "required_batch_size_multiple": 1, "num_workers": 0}
-    task = {"_name": "translation_autosize", "prox": "l21", "prox_strength": 5.0}
     config = {
         **HYDRA_MODES[mode],
-        "task": {**task, "data": str(corpus)},
+        "task": {"_name": "translation_autosize", "prox": "l21", "data": str(corpus), **task},
         "model": {"_name": "transformer", "encoder": layers, "decoder": layers},
         "criterion": {"_name": "cross_entropy"},
         "dataset": data,
         "optimization": {"max_update": 40, "lr": [0.005]},
-        "checkpoint": {"save_dir": str(tmp_path), "no_epoch_checkpoints": True},
+        "checkpoint": {"save_dir": str(folder), "no_epoch_checkpoints": True},
     }
     config["common"] = {**config["common"], "user_dir": str(USER_DIR), "cpu": True, "seed": 1}
     # JSON is YAML.
-    (tmp_path / "mode.yaml").write_text("# @package _group_\n" + json.dumps(config))
-    run(
-        *("fairseq_cli.hydra_train", "--config-dir", tmp_path, "--config-name", "mode"),
-        cwd=tmp_path,
-        path=TESTS,
-        first=checked(tmp_path / "noted"),
-    )
+    (folder / "mode.yaml").write_text("# @package _group_\n" + json.dumps(config))
+    program = ("fairseq_cli.hydra_train", "--config-dir", folder, "--config-name", "mode")
+    return run(*program, cwd=folder, path=TESTS, first=first).stdout
+
+
+@pytest.mark.parametrize("mode", HYDRA_MODES)
+def test_every_update_in_modes_of_hydra_train(mode, corpus, run, tmp_path):
+    train_by_hydra(mode, {"prox_strength": 5.0}, corpus, run, tmp_path, checked(tmp_path / "noted"))
     assert_noted(tmp_path, 40)
+
+
+def test_default_freeze_knows_the_warm_up_of_a_composite_optimizer(corpus, run, tmp_path):
+    output = train_by_hydra("composite", {"prox_target_sparsity": 0.5}, corpus, run, tmp_path)
+    assert "48 of them dead after 16 updates" in output  # 10 of warm-up, and 0.2 of the other 30
 
 
 @pytest.fixture(scope="module")

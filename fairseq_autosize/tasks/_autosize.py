@@ -339,22 +339,29 @@ class AutosizeMixin(FairseqTask):
         anew = self._resets_optimizer  # the updates begin at 0, too
         if self.settings.prox == "none":
             self._lifted = None if anew else state.get("prox_frozen_at")
-        if self.settings.prox != "none" and "prox_frozen_at" in state and (anew or not same):
-            logger.info(
-                "the checkpoint's freeze, at update %d, %s; it does not count any more",
-                state["prox_frozen_at"],
-                "was before --reset-optimizer" if anew else "was asked for by other options",
-            )
-            of_freeze = ("prox_frozen_at", "prox_quiet_updates") + ("prox_died",) * anew
-            self._lifted = state["prox_frozen_at"]
-            state = {name: value for name, value in state.items() if name not in of_freeze}
         self._restored = state
+        if self.settings.prox != "none" and anew:
+            self._forget_freeze("was before --reset-optimizer", "prox_died")
+        elif self.settings.prox != "none" and not same:
+            self._forget_freeze("was asked for by other options")
+
+    def _forget_freeze(self, why: str, *more: str) -> None:
+        """Drop what the checkpoint has of its freeze, or of the wait for one."""
+        if "prox_frozen_at" in self._restored:
+            self._lifted = self._restored["prox_frozen_at"]
+            told = "the checkpoint's freeze, at update %d, %s; it does not count any more"
+            logger.info(told, self._lifted, why)
+        dropped = ("prox_frozen_at", "prox_quiet_updates", *more)
+        self._restored = {k: v for k, v in self._restored.items() if k not in dropped}
 
     @property
     def _asked_freeze(self) -> str:
         """What the options say of a freeze and of what is to be dead by then."""
         names = ("prox_groups", "prox_target_sparsity", "prox_target_parameters")
         names += ("prox_target_scope", "prox_freeze_update")
+        if self.settings.patience is not None:  # there the steps settle what is dead
+            names += ("prox", "prox_strength", "prox_step_size", "prox_metric")
+            names += ("prox_bias", "prox_couple")
         return " ".join(str(getattr(self._task_config, name)) for name in names)
 
     @property
@@ -377,8 +384,14 @@ class AutosizeMixin(FairseqTask):
         root = self._whole_config
         if root is None:
             return 0
-        scheduler = root.lr_scheduler
-        if scheduler._name == "tri_stage":  # by names of its own
+        schedulers = [root.lr_scheduler]
+        if root.lr_scheduler._name == "pass_through":  # of --optimizer composite, one a group
+            groups = getattr(root.optimizer, "groups", None) or {}
+            schedulers = [group.lr_scheduler for group in groups.values()]
+        return max((self._warmup_of(scheduler) for scheduler in schedulers), default=0)
+
+    def _warmup_of(self, scheduler: Any) -> int:
+        if getattr(scheduler, "_name", None) == "tri_stage":  # by names of its own
             if scheduler.phase_ratio is not None:
                 return int(self._max_update * scheduler.phase_ratio[0])
             return scheduler.warmup_steps
@@ -409,6 +422,8 @@ class AutosizeMixin(FairseqTask):
         settings = self.settings
         if self._proximal is None:
             self._begun = update_num
+            if not update_num:  # though not asked to, such as from an average of checkpoints
+                self._forget_freeze("was before the updates began anew", "prox_died")
         self._blocks = blocks_in_model(_unwrap(model), settings.groups)
         self._strength = settings.strength
         if self._strength is None and not settings.has_target:
@@ -425,6 +440,7 @@ class AutosizeMixin(FairseqTask):
                 ", ".join(sorted(sloping)),
             )
         freeze = self._freeze_update()
+        self._tell_old_share(freeze, update_num)
         planned_now = settings.freeze_update is None and "prox_frozen_at" not in self._restored
         if freeze is not None and planned_now and update_num and self._max_update <= update_num:
             raise ConfigError(
@@ -472,6 +488,20 @@ class AutosizeMixin(FairseqTask):
         self._log_start(proximal, update_num)
         return proximal
 
+    def _tell_old_share(self, freeze: int | None, update_num: int) -> None:
+        """Of a freeze at a share of another --max-update, that of the run's first start."""
+        if self._proximal is not None or "prox_frozen_at" not in self._restored:
+            return
+        now = self.settings.freeze_of(self._max_update, self._warmup)
+        if now is not None and update_num < freeze != now:
+            logger.info(
+                "the freeze stays after %d updates, as planned when the run began; --max-update %d "
+                "would make it %d. Give --prox-freeze-update a number for another one",
+                freeze,
+                self._max_update,
+                now,
+            )
+
     def _tell_what_was_reset(self) -> None:
         """A resumed run without our entry of the checkpoint: fairseq hands it over, or not."""
         if not self._resets_dataloader:
@@ -479,8 +509,9 @@ class AutosizeMixin(FairseqTask):
         if self.settings.patience is not None:
             raise ConfigError(
                 "--prox-freeze-update auto: with --reset-dataloader fairseq does not hand over "
-                "whether the run has frozen; give the update at which it did (its log has it), "
-                "or drop --reset-dataloader"
+                "whether the run has frozen; drop --reset-dataloader, or give the update at which "
+                "it did (its log has it), or, where it was trained without auto, begin anew with "
+                "--finetune-from-model"
             )
         logger.warning(
             "--reset-dataloader: fairseq hands over nothing of what auto-sizing has in the "
@@ -505,9 +536,15 @@ class AutosizeMixin(FairseqTask):
         if settings.target_sparsity is not None:
             share = settings.target_sparsity
             if not settings.target_by_layer:
-                removed = sum(counts.values()) - sum(block.count for block in blocks)
-                amount = round(share * sum(counts.values())) - removed
-                return (Goal(amount, (1,) * len(blocks)),)
+                total = sum(counts.values())
+                number = round(share * total)
+                if not number:
+                    raise ConfigError(
+                        f"--prox-target-sparsity {share}: of {total} groups that is not even one "
+                        "when rounded, so none would die; ask for more"
+                    )
+                removed = total - sum(block.count for block in blocks)
+                return (Goal(number - removed, (1,) * len(blocks)),)
             sizes = [counts[block.name] for block in blocks]
             numbers = [round(share * size) for size in sizes]
             costs = (1,) * len(blocks)  # for what a group counts
@@ -682,7 +719,8 @@ class AutosizeMixin(FairseqTask):
     def _horizon(self) -> int:
         """Updates that the forecast is about."""
         ends = (self._freeze_update(), self._max_update)
-        return min((end for end in ends if end), default=HORIZON)
+        from_now = max(self._begun, self.settings.start_update) + HORIZON
+        return min((end for end in ends if end), default=from_now)
 
     def _learning_rates(self) -> Iterator[float] | None:
         """The step sizes of updates 0, 1, ... as far as planned; None where no plan exists."""
