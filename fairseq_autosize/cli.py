@@ -49,8 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _tell(error)
         return 2
     except OSError as error:
-        if error.filename is not None:
-            raise
+        if error.filename is not None:  # such as a name that is too long
+            _tell(f"{error.filename}: {error.strerror}")
+            return 2
         # Of standard output, which Python flushes once more when it ends; that must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):  # the reader, as `head`, has not seen enough

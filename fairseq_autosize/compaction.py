@@ -225,11 +225,20 @@ def compact(
 
 def _architecture(checkpoint: Mapping[str, Any]) -> tuple[str, str]:
     """Names of the stock model and of the architecture: (transformer, transformer_tiny)."""
+    config = model_config(checkpoint)
+    arch = config.get("arch") or config.get("_name")
+    return stock_model(arch), arch
+
+
+def stock_model(arch: object) -> str:
+    """The stock model of an architecture, such as transformer of transformer_tiny.
+
+    Raises:
+        CheckpointError: it is none that can be compacted.
+    """
     require_fairseq()
     from fairseq.models import ARCH_MODEL_NAME_REGISTRY  # the module itself needs torch only
 
-    config = model_config(checkpoint)
-    arch = config.get("arch") or config.get("_name")
     model = ARCH_MODEL_NAME_REGISTRY.get(arch) if isinstance(arch, str) else None
     stock = _STOCK.get(model, model)
     if stock not in _WITH_WIDTHS:
@@ -245,7 +254,7 @@ def _architecture(checkpoint: Mapping[str, Any]) -> tuple[str, str]:
             f"cannot compact architecture {printable(str(arch))} "
             f"({unknown if model is None else f'model {model}'}); can: {', '.join(known)}"
         )
-    return stock, arch
+    return stock
 
 
 def _check(state: Mapping[str, Tensor], layers: Sequence[FeedForward]) -> None:

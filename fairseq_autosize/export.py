@@ -112,6 +112,7 @@ def export_ctranslate2(
     _check_convertible(settings)
     task = _task(settings)
     sentences = _sentences(settings, task)
+    _check_vocabularies(settings, task, small["model"])
     with _telling("fairseq cannot run the model that the checkpoint's settings describe"):
         expected = _fairseq_scores(settings, task, small["model"], sentences)
     with (
@@ -246,6 +247,20 @@ def _task(settings: Namespace) -> Any:
     where = f"{settings.data} (--data-dir; --source-lang and --target-lang, if they are unknown)"
     with _telling(f"the vocabularies do not load from {where}"):
         return setup_task(settings)
+
+
+def _check_vocabularies(settings: Namespace, task: Any, state: Mapping[str, Tensor]) -> None:
+    """Refuse vocabularies of another training."""
+    sides = {"encoder": "source_dictionary", "decoder": "target_dictionary"}
+    for side, name in sides.items():
+        embedded = state.get(f"{side}.embed_tokens.weight")
+        words = len(getattr(task, name))
+        if embedded is not None and embedded.shape[:1] != (words,):
+            raise ExportError(
+                f"the vocabulary in {settings.data}, with special symbols, has {words:,} entries, "
+                f"the {side} {len(embedded):,}; say with --data-dir where the training's "
+                "dict.*.txt are"
+            )
 
 
 def _sentences(settings: Namespace, task: Any) -> list[Pair]:

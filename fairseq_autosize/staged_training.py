@@ -11,6 +11,7 @@ import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from .checkpoint import (
@@ -20,7 +21,7 @@ from .checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from .compaction import Compaction, compact
+from .compaction import Compaction, compact, stock_model
 from .groups import ATTENTION_PARTS
 from .report import count_neurons
 
@@ -48,13 +49,14 @@ def train_in_stages(arguments: Sequence[str], share: float, epochs: int) -> list
         epochs: epochs (>= 1) of a stage, after which the dead are counted.
 
     Returns:
-        The compactions that were done, in order.
+        The compactions that were done, in order, without their checkpoints, which can be large.
 
     Raises:
         StageError: the arguments do not fit, or fairseq-train failed.
-        CheckpointError: the checkpoint of a stage cannot be compacted.
+        CheckpointError: the architecture, or the checkpoint of a stage, cannot be compacted.
     """
     own = _parse(arguments, epochs)
+    stock_model(own.arch)
     last = Path(own.save_dir, _LAST.replace(".", f"{own.checkpoint_suffix}."))
     done: list[Compaction] = []
     extra: list[str] = []
@@ -77,10 +79,12 @@ def train_in_stages(arguments: Sequence[str], share: float, epochs: int) -> list
                 result = compact(checkpoint, keep_optimizer=True)
                 checkpoint = result.checkpoint
                 write_checkpoint(checkpoint, last, force=True)
-                done.append(result)
+                done.append(replace(result, checkpoint={}))
+                del result  # with its checkpoint
                 logger.info("after update %d: dead are %s; going on without them", updates, told)
             # fairseq takes the architecture from the command line; the last option counts.
             extra = _sizes(checkpoint)
+            del checkpoint  # not needed beside the training
         stage += 1
         stage_end = (finished // epochs + 1) * epochs
         stage_end = min(stage_end, own.max_epoch or stage_end)

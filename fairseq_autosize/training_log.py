@@ -12,6 +12,7 @@ from pathlib import Path
 _BEFORE, _BEHIND = r"(?:\| |\]\[)", r"(?: \||\]\[INFO\] -)"
 _STATS = re.compile(rf"{_BEFORE}(train_inner|train|valid\w*){_BEHIND} (.*)$")
 _PAIR = re.compile(r"\b(\w+)[= ]([-+0-9.einfa]+)")  # \b: no damaged line takes quadratic time
+_COUNTED = re.compile(r"_(?:alive|pruned)$")
 _KIND = r"[\w-]+(?: \d{1,15})+"
 _LAYERS = re.compile(rf"alive after update (\d{{1,15}}), layer by layer: ({_KIND}(?:; {_KIND})*)$")
 _NOTED = re.compile(rf"{_BEFORE}fairseq_autosize[\w.]*{_BEHIND} (command|signature): (.*)$")
@@ -69,12 +70,15 @@ class TrainingLog:
         # Not NaN, nor more than a float counts exactly: a damaged line.
         if update is None or not 0 <= update < 2**53:
             return
-        # "train" has the mean of an epoch, at an update that has its own.
-        points = {"train_inner": self.train, "valid": self.valid}.get(tag)
-        if points is not None:
-            # Layers that a log cannot have may be another's, of the same training.
-            self._forget_after(int(update), layers=has_layers)
-            points[int(update)] = values
+        if tag not in ("train_inner", "train", "valid"):
+            return
+        # Layers that a log cannot have may be another's, of the same training.
+        self._forget_after(int(update), layers=has_layers)
+        if tag == "train":  # the means of an epoch, but for what is counted
+            values = {name: value for name, value in values.items() if _COUNTED.search(name)}
+            values = {"num_updates": update, **values, **self.train.get(int(update), {})}
+        points = self.valid if tag == "valid" else self.train
+        points[int(update)] = values
 
     def _forget_after(self, update: int, layers: bool = True) -> None:
         """Drop what has been told of later updates. All are kept in the order of the updates."""

@@ -68,7 +68,8 @@ Which of them for which wish: [choosing](choosing.md).
   fairseq puts the class where a function belongs and cannot run it. With all but relu the slope
   at 0 is not 0: a zero row then gets a gradient, and Adam can move it by more in an update than
   the prox takes back, so some dead neurons come back and the count goes up and down. The log
-  warns of it at the start. With relu a zero row gets no gradient, but the optimizer's momentum, if
+  warns of it at the start. With relu a zero row gets no gradient (unless `--no-prox-bias` leaves
+  it a bias above 0: then it comes back, too), but the optimizer's momentum, if
   it is more than the prox takes back, can still move one that has just died; it comes back then,
   with `--prox-metric adam` as well. Only from a freeze on (`--prox-freeze-update`, or a target) are
   the dead held, whatever the activation.

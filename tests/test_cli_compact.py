@@ -179,6 +179,11 @@ def test_average_and_its_errors(saved, tmp_path, capsys):
             ["data", "--arch", "t", "--max-epoch", "4", "--continue-once=old.pt"],
             "--continue-once old.pt: the stages count their epochs from a training's start",
         ),
+        (["data", "--arch", "trans", "--max-epoch", "4"], "cannot compact architecture trans (unk"),
+        (
+            ["data", "--arch", "multilingual_transformer", "--max-epoch", "4"],
+            "cannot compact architecture multilingual_transformer: it is a model for each pair",
+        ),
     ],
 )
 def test_trainings_that_cannot_go_in_stages(arguments, message, tmp_path, capsys):

@@ -307,6 +307,20 @@ def test_errors_are_one_line_and_exit_status_2(tmp_path, saved, capsys):
     assert not (tmp_path / "canary").exists()
 
 
+@pytest.mark.parametrize("command", ["report", "export", "train-compacting"])
+def test_names_that_the_system_refuses(command, saved, capsys):
+    long = "x" * 300
+    options = {
+        "report": [long, "--output", "page.html"],
+        "export": [saved, "ct2", "--format", "ctranslate2", "--data-dir", long],
+        "train-compacting": f"data --arch transformer --max-epoch 1 --save-dir {long}".split(),
+    }
+    assert main([command, *map(str, options[command])]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fairseq-autosize: error: x") and "File name too long" in error
+    assert error.count("\n") == 1
+
+
 def run_command(*arguments, **options):
     return subprocess.run(
         [COMMAND, *map(str, arguments)], capture_output=True, text=True, **options

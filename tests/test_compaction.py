@@ -19,7 +19,9 @@ from torch import nn
 
 from fairseq_autosize.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from fairseq_autosize.compaction import FORMAT, compact
+from fairseq_autosize.config import ConfigError
 from fairseq_autosize.groups import GroupError
+from fairseq_autosize.models.transformer_autosize import layer_sizes
 
 # Neurons alive in (encoder 0, encoder 1, decoder 0, decoder 1); full are 12 and 10.
 WIDTHS = [(12, 12, 10, 10), (0, 0, 0, 0), (1, 3, 0, 10), (7, 12, 5, 1), (0, 12, 10, 0)]
@@ -520,3 +522,23 @@ def test_layers_to_keep_choose_their_widths():
     result["cfg"]["model"].decoder_layers_to_keep = "0,1"  # fairseq wants both or neither
     small = model_in(result)
     assert [layer.fc1.out_features for layer in small.encoder.layers] == [3, 7]
+
+
+def test_sizes_of_kept_layers_are_saved():
+    """fairseq forgets which layers were kept once it has loaded them: then the sizes are theirs."""
+    model, args = build_model(encoder_layers=3)
+    prune(model, (3, 0, 7, 10, 1))
+    settings = compact(checkpoint_of(model, args)).checkpoint["cfg"]["model"]
+    settings.encoder_layers_to_keep, settings.decoder_layers_to_keep = "0,2", "0,1"
+    fine = build(settings, model_task())  # as fairseq-train does, with layers yet to choose
+    assert (settings.encoder_layers, settings.encoder_ffn_dims) == (2, "3,7")
+    settings.encoder_layers_to_keep = settings.decoder_layers_to_keep = None
+    again = build(settings, model_task())
+    again.load_state_dict(fine.state_dict())
+
+
+def test_a_width_may_be_a_number():
+    assert layer_sizes(Namespace(decoder_ffn_dims=24), "decoder_ffn_dims", 1) == [24]
+    assert layer_sizes(Namespace(decoder_ffn_dims=0), "decoder_ffn_dims", 1) == [0]
+    with pytest.raises(ConfigError, match=r"--decoder-ffn-dims \[8, 12\]: must be numbers"):
+        layer_sizes(Namespace(decoder_ffn_dims=[8, 12]), "decoder_ffn_dims", 2)

@@ -226,6 +226,9 @@ def test_training_on_without_prox_after_a_freeze_is_told(corpus, run, tmp_path):
     assert "come back" not in output
 
 
+NO_BIAS = "--no-prox-bias"
+
+
 def dead_rows(checkpoint):
     return [dead_neurons(layer.fc1_weight) for layer in layers_of(checkpoint)]
 
@@ -234,7 +237,7 @@ def dead_rows(checkpoint):
     ("first", "then"),
     [
         (("--prox-strength", "7"), ("--prox-strength", "7", "--prox-couple")),
-        (("--prox-strength", "7", "--no-prox-bias"), ("--prox-strength", "7")),
+        (("--prox-strength", "7", NO_BIAS), ("--prox-strength", "7")),
         (("--prox-target-sparsity", "0.5"), ("--prox-target-sparsity", "0.5", "--prox-couple")),
     ],
 )
@@ -242,7 +245,8 @@ def test_the_dead_stay_dead_in_groups_of_another_kind(first, then, corpus, run, 
     """Resumed after the freeze with groups that have more in them, which is not zero."""
     train = (*TRAIN, corpus, "--prox", "l21", "--prox-freeze-update", "25", "--save-dir", tmp_path)
     last = tmp_path / "checkpoint_last.pt"
-    run(*train, *first, "--max-update", "28")
+    first_output = run(*train, *first, "--max-update", "28").stdout
+    assert (f"{NO_BIAS}: a row of zeros whose bias" in first_output) == (NO_BIAS in first)
     before = dead_rows(last)
     number = sum(int(dead.sum()) for dead in before)
     assert 10 < number < 80

@@ -107,6 +107,17 @@ def test_vocabularies_can_be_elsewhere(data, tmp_path):
         export_ctranslate2(checkpoint, tmp_path / "other", data=tmp_path)
 
 
+@pytest.mark.parametrize("side", ["xx", "yy"])
+def test_vocabularies_of_another_training_are_refused(side, data, tmp_path):
+    checkpoint = translation_checkpoint(data)
+    entries = len(checkpoint["model"]["encoder.embed_tokens.weight"])
+    with (data / f"dict.{side}.txt").open("a") as words:
+        words.write("another 1\n")
+    told = f"data, with special symbols, has {entries + 1} entries, the .*coder {entries}; say with"
+    with pytest.raises(ExportError, match=told):
+        export_ctranslate2(checkpoint, tmp_path / "ct2")
+
+
 def test_languages_can_be_told(data, tmp_path, capsys):
     """Where the settings do not name them, and there are no binarized files that do."""
     checkpoint = translation_checkpoint(data)

@@ -66,6 +66,21 @@ def test_progress_of_every_format(text, tmp_path):
     assert log.series("valid", "neurons_alive") == []
 
 
+def test_the_end_of_an_epoch_has_counts(tmp_path):
+    """With fairseq's interval of 100 updates a short training has no other line with them."""
+    line = SIMPLE.splitlines(keepends=True)[-1]
+    ends = [
+        line.replace("num_updates 20", f"neurons_alive {alive} | num_updates {update}")
+        for update, alive in ((6, 44), (12, 40), (20, 99))
+    ]
+    log = read(tmp_path, "".join(ends[:2]) + SIMPLE.replace(line, ends[2]))
+    assert log.series("train", "neurons_alive") == [(6, 44), (10, 44), (20, 25)]
+    assert log.series("train", "loss") == [(10, 9.5), (20, 8.5)]  # not the means of an epoch
+    (tmp_path / "train.log").write_text("".join(ends))
+    (tmp_path / "0.log").unlink()
+    assert read_run(tmp_path).log.series("train", "neurons_alive")[-1] == (20, 99)
+
+
 @pytest.mark.parametrize("text", [JSON, HYDRA])
 def test_layers_and_notes(text, tmp_path):
     log = read(tmp_path, text)

@@ -115,15 +115,26 @@ class TransformerLanguageModelAutosize(TransformerLanguageModel):
 def _resize(args: Any, side: str, stack: nn.Module, kept: str | None) -> None:
     """Give the layers of an encoder or a decoder the sizes that the options ask for."""
     layers = list(stack.layers.children())  # LayerDrop's own iterator skips some
-    widths = layer_sizes(args, f"{side}_ffn_dims", len(layers), kept)
+    widths = _sizes_of(args, f"{side}_ffn_dims", len(layers), kept)
     if widths is not None:
         set_widths(layers, widths)
     for name, (own, module) in ATTENTION_PARTS.items():
         if own == side and layers and getattr(layers[0], module, None) is not None:
-            counts = layer_sizes(args, f"{name}_head_counts", len(layers), kept)
+            counts = _sizes_of(args, f"{name}_head_counts", len(layers), kept)
             if counts is not None:
                 _check_heads(args, f"{name}_head_counts", max(counts), getattr(layers[0], module))
                 set_heads(layers, module, counts)
+
+
+def _sizes_of(args: Any, option: str, layers: int, kept: str | None) -> list[int] | None:
+    """As `layer_sizes`; the settings, which are saved, then have the kept layers' alone.
+
+    fairseq itself forgets which layers were kept once it has loaded them.
+    """
+    sizes = layer_sizes(args, option, layers, kept)
+    if sizes is not None and kept:
+        setattr(args, option, ",".join(map(str, sizes)))
+    return sizes
 
 
 def _check_heads(args: Any, option: str, most: int, attention: MultiheadAttention) -> None:
@@ -148,20 +159,20 @@ def layer_sizes(args: Any, option: str, layers: int, kept: str | None = None) ->
         option: such as ``encoder_ffn_dims`` or ``cross_head_counts``.
         layers: number of layers that the model has.
         kept: value of ``--encoder-layers-to-keep`` or the decoder's; the sizes are then those of
-            all layers before.
+            all layers before, or, once they were chosen, of the kept ones.
 
     Raises:
         ConfigError: not a list of numbers >= 0, or not one for each layer; names the flag.
     """
     text = getattr(args, option, None)
-    if not text:
+    if text is None or text == "":
         return None
     flag = _flag(args, option)
-    parts = text.split(",")
+    parts = str(text).split(",")  # a single number, as YAML has it
     if not all(part.strip().isdecimal() for part in parts):
         raise ConfigError(f"{flag}: must be numbers >= 0, separated by commas, one for each layer")
     sizes = [int(part) for part in parts]
-    if kept:
+    if kept and len(sizes) != layers:
         chosen = sorted(int(index) for index in kept.split(","))
         if chosen[-1] >= len(sizes):
             raise ConfigError(f"{flag}: layers-to-keep {kept} names a layer beyond these")

@@ -439,6 +439,11 @@ class AutosizeMixin(FairseqTask):
                 "back; the count goes up and down. With --activation-fn relu they get none",
                 ", ".join(sorted(sloping)),
             )
+        if not settings.bias and any(isinstance(block, FeedForward) for block in self._blocks):
+            logger.warning(
+                "--no-prox-bias: a row of zeros whose bias is above 0 still gets gradients, with "
+                "relu, too, so dead neurons come back; only a freeze ends that"
+            )
         freeze = self._freeze_update()
         self._tell_old_share(freeze, update_num)
         planned_now = settings.freeze_update is None and "prox_frozen_at" not in self._restored
