@@ -18,6 +18,7 @@ whole. A folder with anything else in it is refused. OUT/results.json collects t
 import argparse
 import json
 import logging
+import os
 import re
 import shlex
 import sys
@@ -241,6 +242,10 @@ def parse_args() -> argparse.Namespace:
         if len(set(same)) > 1:
             folder = args.out / folder_name(run)
             parser.error(f"--runs {' '.join(same)}: all of them in {folder}; give each an OUT")
+    for name, path in (("OUT", args.out), ("DATA", args.data)):
+        if os.pathsep in str(path):
+            told = f"fairseq takes {os.pathsep} for the end of a path; choose another name"
+            parser.error(f"{name} {path}: {told}")
     if not (args.data / "prepare.json").is_file():
         parser.error(f"DATA {args.data}: no prepare.json there; make it with prepare_data.py")
     return args

@@ -42,7 +42,7 @@ from pipeline import RunError
 from prepare_data import REMOVE_BPE
 from yaml import YAMLError
 
-from fairseq_autosize.checkpoint import read_checkpoint, writing
+from fairseq_autosize.checkpoint import CheckpointError, read_checkpoint, writing
 from fairseq_autosize.html_report import tokens_per_second
 from fairseq_autosize.report import count_neurons
 
@@ -88,11 +88,14 @@ def settings_of(config: DictConfig) -> dict[str, Any]:
     for kind, name in (("datasets", config.data), ("runs", config.run)):
         if name not in config[kind]:
             raise RunError(f"{kind} has no {name}, but {', '.join(config[kind])}")
-        own = config[kind][name] or {}
+        own = {} if config[kind][name] is None else config[kind][name]
+        _check_mapping(own, f"{kind}.{name}")
         allowed = (*PARTS, "path") if kind == "datasets" else PARTS
         if unknown := [key for key in own if key not in allowed]:
             raise RunError(f"{kind}.{name}: no key {unknown[0]}, but {', '.join(allowed)}")
         for key in own:
+            if key in ("train", "generate"):
+                _check_mapping(own[key], f"{kind}.{name}.{key}")
             if key != "path":
                 OmegaConf.update(config, key, own._get_node(key), merge=True, force_add=True)
     if not (path := config.datasets[config.data].get("path")):
@@ -106,6 +109,11 @@ def settings_of(config: DictConfig) -> dict[str, Any]:
     if resolved["prune"]:
         check_pruning(resolved["prune"], resolved["train"]["max-update"])
     return {"path": str(path)} | {name: resolved[name] for name in names}
+
+
+def _check_mapping(found: object, name: str) -> None:
+    if not isinstance(found, Mapping):
+        raise RunError(f"{name}: must be options and their values, not {found}")
 
 
 def pruning_script(method: str) -> Path:
@@ -157,6 +165,21 @@ def freezes(train: Mapping[str, Any]) -> bool:
     keys = ("prox-target-sparsity", "prox-target-parameters", "prox-freeze-update")
     wanted = any(train.get(key) is not None for key in keys)
     return train.get("prox", "none") != "none" and wanted
+
+
+def whole_schedule(train: Mapping[str, Any]) -> dict[str, int]:
+    """What keeps a learning rate that falls to max-update as it is in a shorter training."""
+    updates = train["max-update"]
+    ends = {
+        "polynomial_decay": {"total-num-update": updates},
+        "cosine": {"lr-period-updates": updates - train.get("warmup-updates", 0)},
+    }
+    found = ends.get(train.get("lr-scheduler"), {})
+    return {name: value for name, value in found.items() if name not in train}
+
+
+def _updates_of(checkpoint: Path) -> int:
+    return read_checkpoint(checkpoint)["optimizer_history"][-1]["num_updates"]
 
 
 def shown(command: Sequence[str]) -> str:
@@ -323,14 +346,16 @@ class Run:
             if freezes(wanted):
                 wanted = {"best-checkpoint-metric": "loss_after_freeze"} | wanted
             commands.append([*program, *options(wanted)])
+            if self._resumable() >= wanted["max-update"]:  # fairseq would train on from here
+                return
             log = self.folder / "train.log"
             used = pipeline.execute(commands[-1], log, log.exists(), self.lock)
             seconds = [a + b for a, b in zip(seconds, used, strict=True)]
 
         if prune := self.settings["prune"]:
             if not self._has("unpruned", "pruned"):
-                train({"max-update": prune["update"]})
-                write_json(self.folder / "unpruned.json", prune)  # fairseq would train on from here
+                train({"max-update": prune["update"], **whole_schedule(chosen)})
+                write_json(self.folder / "unpruned.json", prune)
             if not self._has("pruned"):
                 commands.append(self._prune(prune))
             held = {"prox": "l21", "prox-strength": 0, "prox-freeze-update": prune["update"]}
@@ -345,6 +370,27 @@ class Run:
             "train_cpu_seconds": None if begun else round(seconds[0], 1),
             "train_wall_seconds": None if begun else round(seconds[1], 1),
         }
+
+    def _resumable(self) -> int:
+        """Updates of checkpoint_last.pt; 0 if there is none.
+
+        A kill may have cut it off, as it is a copy: then the newest of the others takes its place.
+        """
+        last = self.folder / "checkpoint_last.pt"
+        if not last.exists():
+            return 0
+        try:
+            return _updates_of(last)
+        except CheckpointError as error:
+            os.replace(last, self.folder / "checkpoint_damaged.pt")
+            others = {n: path for path, n in self._checkpoints().items() if n is not None}
+            newest = max(others, default=0)
+            told = f"update {newest}" if newest else "the beginning"
+            logger.warning("%s: %s; going on from %s", last, error, told)
+            if newest:
+                with writing(last) as beside:
+                    beside.write(others[newest].read_bytes())
+            return newest
 
     def _prune(self, prune: Mapping[str, Any]) -> list[str]:
         """Zero neurons of the last checkpoint with another tool, from which training goes on."""
@@ -377,7 +423,11 @@ class Run:
         saved = {}
         for path, update in self._checkpoints().items():
             if update is None:
-                update = read_checkpoint(path)["optimizer_history"][-1]["num_updates"]
+                try:
+                    update = _updates_of(path)
+                except CheckpointError as error:  # a copy that a kill has cut off
+                    logger.warning("%s: %s; left out", path, error)
+                    continue
             if math.isfinite(losses.get(update, math.nan)):
                 saved[update] = path
         frozen = pipeline.frozen_at(self.folder / "train.log")

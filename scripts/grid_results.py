@@ -1,6 +1,7 @@
 """What a grid gives: all runs' results, paired bootstrap tests against the baselines, tables."""
 
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,6 +14,8 @@ import benchmark_operators
 import numpy as np
 import pipeline
 from sacrebleu.metrics import BLEU, CHRF
+
+logger = logging.getLogger(__name__)
 
 RARE = 5  # a word is rare if the training set has it at most so often
 SAMPLES = 1000  # of the bootstrap
@@ -53,8 +56,27 @@ def collect(output: Path, folders: Iterable[Path], baselines: Sequence[str]) -> 
         raw = Path(result["path"]) / "raw" / f"{split}.{result['target']}"
         return counted(measure, output / result["folder"] / f"{split}.txt", raw)
 
-    comparisons = [found for base in baselines for found in _compare(results, base, statistics)]
+    told = {result["folder"]: _not_comparable(output, result) for result in results}
+    for folder, why in told.items():
+        if why:
+            logger.warning("%s is compared with nothing: %s", output / folder, why)
+    same = [result for result in results if not told[result["folder"]]]
+    comparisons = [found for base in baselines for found in _compare(same, base, statistics)]
     return {"kind": "grid", "comparisons": comparisons, "results": results}
+
+
+def _not_comparable(output: Path, result: Mapping[str, Any]) -> str:
+    """Why translations do not belong to what is now in the data's folder; empty if they do."""
+    data = Path(result["path"])
+    noted = output / result["folder"] / "settings.json"
+    settings = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else {}
+    if not (data / "raw").is_dir():
+        return f"{data.absolute()}, its data, is not there"
+    if (prepared := settings.get("prepared")) is not None:
+        record = json.loads((data / "prepare.json").read_text(encoding="utf-8"))
+        if pipeline.corpus_identity(record) != prepared:
+            return f"{data} has other data now than it was made on"
+    return ""
 
 
 def _compare(

@@ -195,8 +195,7 @@ def rates(paths: list[Path]) -> str:
     rows = []
     every = by_rate(result for path in paths for result in results_of(path))
     for (data, run), found in sorted(every.items()):
-        common = sorted(set.intersection(*map(set, found.values())))
-        if not common:
+        if not (common := common_seeds(found)):
             continue
         row = {"data": data, "run": run, "seeds": " ".join(map(str, common))}
         for rate, by_seed in found.items():
@@ -222,6 +221,11 @@ def by_rate(
         rate = found.setdefault(key, {}).setdefault(float(result["train"]["lr"]), {})
         rate[result["seed"]] = result
     return {key: rates for key, rates in found.items() if len(rates) > 1}
+
+
+def common_seeds(rates: Mapping[float, Mapping[int, Any]]) -> list[int]:
+    """The seeds that all learning rates have."""
+    return sorted(set.intersection(*map(set, rates.values())))
 
 
 def results_of(path: Path) -> list[dict[str, Any]]:
@@ -355,15 +359,16 @@ def draw_grid(summary: Mapping[str, Any], path: Path, shown: Container[str]) -> 
 
 
 def draw_rates(name: str, path: Path) -> None:
-    """BLEU at two learning rates, of a grid that has data sets `X` and `X-lr-R`."""
+    """BLEU at two learning rates, of a grid that has data sets `X` and `X-lr-R`; common seeds."""
     import figures
 
     scores: dict[str, dict[str, dict[str, list[float]]]] = {}
     for (data, run), found in by_rate(results_of(DOCS / "results" / f"{name}.json")).items():
         if run in ("dense", "narrow", WAYS[-1]):
-            for rate, seeds in found.items():
+            for (rate, seeds), seed in itertools.product(found.items(), common_seeds(found)):
                 by_run = scores.setdefault(TITLES.get(data, data), {}).setdefault(f"{rate:g}", {})
-                by_run[run] = [r["scores"]["test"]["BLEU"]["score"] for r in seeds.values()]
+                score = seeds[seed]["scores"]["test"]["BLEU"]["score"]
+                by_run.setdefault(run, []).append(score)
     figures.by_rate(scores, "1,024 neurons a layer (dense), or 384", path)
 
 

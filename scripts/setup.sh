@@ -24,7 +24,7 @@ if [[ $(cat "$venv/.complete" 2>/dev/null) == "$wanted" && -x $venv/bin/fairseq-
 fi
 
 usable() { "$1" -c 'import sys, ensurepip, venv; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null; }
-if [[ ! -x $venv/bin/python ]]; then
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     for candidate in ${PYTHON:-python3.11 python3.12 python3.10 python3.13 python3}; do
         usable "$candidate" && python=$candidate && break
     done

@@ -28,7 +28,7 @@ if [[ -z ${SLURM_NTASKS:-} ]]; then
 fi
 if ((SLURM_NTASKS != SLURM_NNODES * ${SLURM_NTASKS_PER_NODE:-SLURM_NTASKS})); then
     echo "train_slurm.sh: error: $SLURM_NTASKS tasks on $SLURM_NNODES nodes with" \
-        "$SLURM_NTASKS_PER_NODE on each: give --nodes and --ntasks-per-node, and no --ntasks" >&2
+        "${SLURM_NTASKS_PER_NODE:-an unknown number} on each: give --nodes and --ntasks-per-node, and no --ntasks" >&2
     exit 2
 fi
 port=${PORT:-$((10000 + SLURM_JOB_ID % 20000))}

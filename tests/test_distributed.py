@@ -218,9 +218,10 @@ def slurm(folder: Path, *arguments: str, **variables: object) -> subprocess.Comp
     job = {"SLURM_JOB_ID": 40123, "SLURM_JOB_NODELIST": "n[7-8]", "SLURM_NNODES": 2}
     job |= {"SLURM_NTASKS": 2, "SLURM_NTASKS_PER_NODE": 1, "SLURM_CPUS_PER_TASK": 3, **variables}
     path = os.pathsep.join([str(folder), os.environ["PATH"]])
+    told = {name: str(value) for name, value in job.items() if value is not None}
     return subprocess.run(
         ["bash", ROOT / "scripts" / "train_slurm.sh", *arguments],
-        env=os.environ | {name: str(value) for name, value in job.items()} | {"PATH": path},
+        env=os.environ | told | {"PATH": path},
         capture_output=True,
         text=True,
     )
@@ -249,5 +250,8 @@ def test_slurm_script_refuses_tasks_that_do_not_fit(tmp_path):
     result = slurm(tmp_path, "DATA", SLURM_NTASKS_PER_NODE=4)
     assert result.returncode == 2 and not result.stdout
     assert "2 tasks on 2 nodes with 4 on each: give --nodes and --ntasks-per-node" in result.stderr
+    result = slurm(tmp_path, "DATA", SLURM_NTASKS=4, SLURM_NTASKS_PER_NODE=None)
+    assert result.returncode == 2
+    assert "4 tasks on 2 nodes with an unknown number on each: give --nodes" in result.stderr
     result = slurm(tmp_path, "DATA", SLURM_NTASKS="")
     assert result.returncode == 2 and "not in a Slurm job; submit it" in result.stderr

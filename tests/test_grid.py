@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib
+import itertools
 import json
 import shutil
 import signal
@@ -112,6 +113,8 @@ def test_a_run_overrides_its_data_set_and_that_the_base(grid, tmp_path):
         ("run=chosen", "select first: must be one of best, bleu, last"),
         ("datasets.a.path=null", "datasets.a: no path of a folder made by prepare_data.py"),
         ("data=b", "datasets has no b, but a"),
+        ("runs.dense=narrow", "runs.dense: must be options and their values, not narrow"),
+        ("+runs.dense.train=[x]", "runs.dense.train: must be options and their values, not ['x']"),
     ],
 )
 def test_wrong_names_are_told(grid, tmp_path, override, message):
@@ -259,8 +262,10 @@ def test_a_folder_with_something_else_is_left_alone(bare_run, grid, tmp_path):
 def test_a_run_whose_checkpoints_were_removed_prunes_again(left, bare_run, grid, monkeypatch):
     """With what is noted of the first start it would train on from nothing as if it had pruned."""
     prune = {"method": "torch-pruning", "sparsity": 0.5, "update": 4}
-    run = bare_run(prune=prune, train={"validate-interval-updates": 2})
+    train = {"validate-interval-updates": 2, "max-update": 8, "lr-scheduler": "polynomial_decay"}
+    run = bare_run(prune=prune, train=train)
     run.record["languages"] = ["xx", "yy"]
+    made = (run.folder / "checkpoint_last.pt").read_bytes()
     for name in ("unpruned.json", "pruned.json"):
         (run.folder / name).write_text("{}")
     for path in run._checkpoints():
@@ -274,7 +279,7 @@ def test_a_run_whose_checkpoints_were_removed_prunes_again(left, bare_run, grid,
         if "fairseq_cli.train" in command:
             log.touch()
         for name in ("last", "pruned"):
-            (run.folder / f"checkpoint_{name}.pt").touch()
+            (run.folder / f"checkpoint_{name}.pt").write_bytes(made)
         return 1.0, 1.0
 
     monkeypatch.setattr(grid.pipeline, "execute", execute)
@@ -283,7 +288,40 @@ def test_a_run_whose_checkpoints_were_removed_prunes_again(left, bare_run, grid,
     run._train()
     programs = [["prune" in command[1], "--prox" in command] for command in commands]
     assert programs == [[False, False], [True, False], [False, True]]
+    # The first part's learning rate is that of the whole training.
+    ends = [("--max-update", "4"), ("--total-num-update", "8")]
+    assert all(end in itertools.pairwise(commands[0]) for end in ends)
     assert (run.folder / "pruned.json").exists()
+
+
+def test_a_training_that_is_over_is_not_begun_again(bare_run, grid, monkeypatch):
+    """A kill before this was noted: fairseq would make one more update."""
+    run = bare_run(train={"validate-interval-updates": 2, "max-update": 6}, prune=None)
+    run.record["languages"] = ["xx", "yy"]
+    monkeypatch.setattr(grid.pipeline, "execute", None)
+    assert "--max-update 6" in run._train()["commands"][0]
+
+
+def test_copies_that_a_kill_has_cut_off(bare_run, grid, monkeypatch, caplog):
+    """checkpoint_last.pt is the newest other one's again; one that is a candidate is left out."""
+    train = {"validate-interval-updates": 2, "max-update": 8}
+    run = bare_run(train=train, prune=None, select="last")
+    run.record["languages"] = ["xx", "yy"]
+    for name in ("best", "last"):
+        path = run.folder / f"checkpoint_{name}.pt"
+        path.write_bytes(path.read_bytes()[:-50])
+    losses, _ = run._candidates(grid.pipeline.history(run.folder / "train.log"))
+    assert losses == {4: 7.5} and caplog.text.count("; left out") == 2
+    began = []
+
+    def execute(command, log, append=False, lock=None):
+        began.append(grid._updates_of(run.folder / "checkpoint_last.pt"))
+        return 1.0, 1.0
+
+    monkeypatch.setattr(grid.pipeline, "execute", execute)
+    run._train()
+    assert began == [4] and "checkpoint_last.pt: truncated" in caplog.text
+    assert "going on from update 4" in caplog.text
 
 
 def test_a_pruning_that_was_killed_at_its_end_is_done_again(bare_run, grid, monkeypatch):
@@ -345,6 +383,17 @@ def test_the_best_of_several_translations_is_scored(scripts, tmp_path):
 def test_paths_that_fairseq_would_split(grid, tmp_path):
     with pytest.raises(grid.RunError, match=r"l21:1\.5: fairseq takes : for the end of a path"):
         grid.Run({"path": str(tmp_path)}, tmp_path / "l21:1.5")
+
+
+@pytest.mark.parametrize("wrong", [{"OUT": "l21:1.5"}, {"DATA": "a:b"}])
+def test_experiments_with_such_paths(wrong, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    paths = {"DATA": "data", "OUT": "out"} | wrong
+    monkeypatch.setattr(sys, "argv", ["experiment.py", *paths.values()])
+    with pytest.raises(SystemExit):
+        importlib.import_module("experiment").parse_args()
+    ((name, path),) = wrong.items()
+    assert f"error: {name} {path}: fairseq takes : for the end of a path" in capsys.readouterr().err
 
 
 def test_results_that_cannot_be_collected(grid, output, monkeypatch, capsys):
@@ -478,6 +527,40 @@ def test_the_bootstrap_takes_all_seeds_translations_of_a_sentence_together(grid_
     once, thrice = (grid_results.paired_bootstrap([pair] * n, grid_results.bleu_of) for n in (1, 3))
     assert thrice["p"] == pytest.approx(once["p"]) and 0.01 < once["p"] < 0.99
     assert thrice["difference"] == once["difference"] and thrice["won"] == 3 * once["won"]
+
+
+def test_runs_on_data_that_changed_or_is_gone_are_not_compared(grid_results, output, caplog):
+    """Their translations are not those of the references that are there now."""
+    folders = sorted(path.parent for path in output.rglob("result.json"))
+    data = output.parent / "data"
+    prepare = data / "prepare.json"
+    for sha, folder in zip("111112", folders, strict=True):
+        prepared = {"languages": ["x"], "bpe": "b", "vocab_size": 1, "sha256": sha}
+        prepare.write_text(json.dumps(prepared))  # the last one's is there in the end
+        (folder / "settings.json").write_text(json.dumps({"prepared": prepared}))
+    summary = grid_results.collect(output, folders, ["base"])
+    assert len(summary["results"]) == 6 and summary["comparisons"] == []
+    assert caplog.text.count("other data now than it was made on") == 5
+    for folder in folders[1:]:
+        (folder / "settings.json").write_text(json.dumps({"prepared": prepared}))
+    (entry,) = (
+        x
+        for x in grid_results.collect(output, folders, ["base"])["comparisons"]
+        if x["run"] == "worse"
+    )
+    assert entry["seeds"] == [2]  # of base, seed 1 is of other data
+
+    gone = json.loads((folders[2] / "result.json").read_text())
+    for run in ("base", "half"):
+        folder = output / "b" / run / "seed-1"
+        shutil.copytree(folders[2], folder)
+        other = {"data": "b", "run": run, "seed": 1, "path": str(output / "gone")}
+        (folder / "result.json").write_text(json.dumps(gone | other))
+        folders.append(folder)
+    caplog.clear()
+    summary = grid_results.collect(output, folders, ["base"])
+    assert {entry["data"] for entry in summary["comparisons"]} == {"a"}
+    assert caplog.text.count("gone, its data, is not there") == 2
 
 
 def test_runs_of_a_sweep_are_compared_with_the_same_value(grid_results, output):
