@@ -303,7 +303,8 @@ class Settings:
         if freeze <= self.start_update:
             raise ConfigError(
                 f"--prox-start-update {self.start_update}: shrinking ends after {freeze} of "
-                f"{max_update} updates; start earlier, or give a later --prox-freeze-update"
+                f"{max_update} updates; start earlier, or give "
+                f"{'more updates' if default else 'a later --prox-freeze-update'}"
             )
         return freeze
 

@@ -90,7 +90,7 @@ def read_run(path: str | os.PathLike[str], name: str | None = None) -> Run:
         looked = "no *.log in it" if not logs else f"none in {', '.join(str(f) for f in logs)}"
         raise ReportError(
             f"{path}: no progress lines of fairseq-train ({looked}); give a folder with its log "
-            "(fairseq-train ... | tee FOLDER/train.log), or the log itself"
+            "(fairseq-train ... 2>&1 | tee FOLDER/train.log), or the log itself"
         )
     run = Run(printable(name or path.resolve().name), log)
     if path.is_dir():

@@ -85,6 +85,7 @@ class ProximalOptimizer:
         self.threshold = 0.0  # the largest one of the last update, for the log
         self.strength = plan.strength  # of the last update
         self._frozen_at = plan.freeze_update
+        self._restored_freeze: int | None = None
         self._quiet = 0  # updates since something died or came back
         self._died = False  # something has, though a compaction may have removed it
         # The dead that a freeze holds (int64 indices) by the blocks' names; None before it.
@@ -253,7 +254,7 @@ class ProximalOptimizer:
         logger.info(
             "frozen after update %d: %d of %d groups are dead and stay so; the others are not "
             "shrunk any more",
-            update_num,
+            self._frozen_at if self._frozen_at == self._restored_freeze else update_num,
             sum(map(len, held)),
             sum(groups.count for groups in self._groups),
         )
@@ -285,6 +286,7 @@ class ProximalOptimizer:
         """Go on from `state`, as `state()` gave it; a freeze update in the plan comes first."""
         self._quiet = state.get("prox_quiet_updates", 0)
         self._died = bool(state.get("prox_died", self._quiet))
+        self._restored_freeze = state.get("prox_frozen_at")
         if self._frozen_at is None:
             self._frozen_at = state.get("prox_frozen_at")
 

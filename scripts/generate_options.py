@@ -45,10 +45,11 @@ Which of them for which wish: [choosing](choosing.md).
   the next point), needs `--reset-meters` once.
 - **Going on from a checkpoint with other `--prox` options.** They hold from the next update on;
   where they say something else of the target or the freeze, or, with `auto`, of the step, the old
-  freeze (with `auto` also the wait for it) does not count any more. The default freeze is then a
-  fifth of the way from there to `--max-update`, which must be larger than the number of updates
-  done. `--prox-freeze-update`, a number or a share, counts from the training's first update. If
-  that update has passed already, everything that has to die is cut at once. With the same options a
+  freeze (with `auto` also the wait for it) does not count any more: the dead are not held until the
+  new one, so some come back, with a smaller target for good. The default freeze is then a fifth of
+  the way from there to `--max-update`, which must be larger than the number of updates done.
+  `--prox-freeze-update`, a number or a share, counts from the training's first update. If that
+  update has passed already, everything that has to die is cut at once. With the same options a
   freeze that is still to come stays where it was planned first, also if `--max-update` is larger
   now: the log says so. If you add `--prox-couple` or the bias on resuming, neurons that were dead
   stay dead: their bias or column of fc2 is set to zero at the freeze. Without `--prox`, or with

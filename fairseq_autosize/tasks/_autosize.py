@@ -223,17 +223,25 @@ class AutosizeMixin(FairseqTask):
 
     def _tell_what_comes_back(self, model: nn.Module, update_num: int) -> None:
         """Of a pruned model that goes on without the freeze that held its dead."""
+        if self._lifted is None or self._lifted > update_num:
+            return
         names = self._restored.get("prox_groups", "ffn").split(",")
         blocks = blocks_in_model(_unwrap(model), names)
-        dead = sum(int(block.dead().sum()) for block in blocks)
-        if dead and self._lifted <= update_num:
-            logger.warning(
-                "--prox none: the checkpoint's freeze, at update %d, held %d dead groups at zero; "
+        if not (dead := sum(int(block.dead().sum()) for block in blocks)):
+            return
+        cure = "until the next freeze they can come back"
+        if self.settings.prox == "none":
+            cure = (
                 "without it they can come back. Give the --prox options again, or compact the "
-                "model first",
-                self._lifted,
-                dead,
+                "model first"
             )
+        logger.warning(
+            "--prox %s: the checkpoint's freeze, at update %d, held %d dead groups at zero; %s",
+            self.settings.prox,
+            self._lifted,
+            dead,
+            cure,
+        )
 
     @property
     def uses_ema(self) -> bool:
@@ -388,14 +396,7 @@ class AutosizeMixin(FairseqTask):
         if root.lr_scheduler._name == "pass_through":  # of --optimizer composite, one a group
             groups = getattr(root.optimizer, "groups", None) or {}
             schedulers = [group.lr_scheduler for group in groups.values()]
-        return max((self._warmup_of(scheduler) for scheduler in schedulers), default=0)
-
-    def _warmup_of(self, scheduler: Any) -> int:
-        if getattr(scheduler, "_name", None) == "tri_stage":  # by names of its own
-            if scheduler.phase_ratio is not None:
-                return int(self._max_update * scheduler.phase_ratio[0])
-            return scheduler.warmup_steps
-        return getattr(scheduler, "warmup_updates", 0) or 0
+        return max((_warmup_of(x, self._max_update) for x in schedulers), default=0)
 
     def _freeze_update(self) -> int | None:
         """When the run freezes, if that is planned; a share stays what it was at the start."""
@@ -481,6 +482,8 @@ class AutosizeMixin(FairseqTask):
             if self._best_metric is not None:
                 self._check_best_value()
         proximal.restore(self._restored if self._proximal is None else self._proximal.state())
+        if self._proximal is None and not proximal.is_frozen(update_num):
+            self._tell_what_comes_back(model, update_num)
         if goals := self._goals(proximal.blocks, model):
             proximal.aim_at(goals)
         keys = dict.fromkeys(key for block in self._blocks for key in _meter_keys(block))
@@ -622,7 +625,8 @@ class AutosizeMixin(FairseqTask):
             logger.info("%d groups (%s); strength %g", number, parts, self._strength)
             # Adam's metric comes with the first gradients.
             if not (self.settings.adam_metric or proximal.is_frozen(update_num)):
-                logger.info(self._lifetime(proximal, update_num))
+                told, some_die = self._lifetime(proximal, update_num)
+                logger.log(logging.INFO if some_die else logging.WARNING, told)
         else:
             logger.info(
                 "%d groups (%s); %s after %d updates",
@@ -678,8 +682,8 @@ class AutosizeMixin(FairseqTask):
             parts.append(f"heads: rows of v {bias}, columns of out_proj")
         return "; ".join(parts)
 
-    def _lifetime(self, proximal: ProximalOptimizer, update_num: int) -> str:
-        """When neurons without gradient would die under this strength and schedule."""
+    def _lifetime(self, proximal: ProximalOptimizer, update_num: int) -> tuple[str, bool]:
+        """When neurons without gradient would die under this strength and schedule; if any may."""
         noun = "neuron" if all(isinstance(x, FeedForward) for x in self._blocks) else "group"
         norms = proximal.dual_norms().tolist()
         smallest, median, largest = (
@@ -690,13 +694,13 @@ class AutosizeMixin(FairseqTask):
             return (
                 f"{described}; --prox-start-update {self.settings.start_update} leaves none of "
                 f"{self._horizon} updates to shrink in"
-            )
+            ), False
         rates = self._learning_rates()
         if rates is None:
             return (
                 f"{described}; a {noun} without gradient dies once strength * (sum of the learning "
                 "rates) exceeds its norm; this schedule does not tell beforehand when"
-            )
+            ), True
         thresholds = [
             self._strength * rate if update >= self.settings.start_update else 0.0
             for update, rate in enumerate(rates)
@@ -709,16 +713,16 @@ class AutosizeMixin(FairseqTask):
                 f"{described}; no {noun} without gradient would die by update {end}: the "
                 f"thresholds add up to {sum(thresholds):.3g} only. Raise --prox-strength, the "
                 "learning rate or the number of updates"
-            )
+            ), False
         if middle is None:
             return (
                 f"{described}; the smallest {noun} without gradient would die at update {first}, "
                 f"the median one not by update {end}"
-            )
+            ), True
         return (
             f"{described}; a {noun} without gradient would die at update {middle} (first {first}, "
             f"last {f'not by update {end}' if last is None else last})"
-        )
+        ), True
 
     @property
     def _horizon(self) -> int:
@@ -786,6 +790,14 @@ class AutosizeMixin(FairseqTask):
                 "alive after update %d, layer by layer: %s", self._update_num, "; ".join(listed)
             )
         return counts
+
+
+def _warmup_of(scheduler: Any, max_update: int) -> int:
+    if getattr(scheduler, "_name", None) == "tri_stage":  # by names of its own
+        if scheduler.phase_ratio is not None:
+            return int(max_update * scheduler.phase_ratio[0])
+        return scheduler.warmup_steps
+    return getattr(scheduler, "warmup_updates", 0) or 0
 
 
 def _meter_keys(block: Block) -> tuple[str, str]:
