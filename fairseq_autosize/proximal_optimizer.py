@@ -85,7 +85,7 @@ class ProximalOptimizer:
         self.threshold = 0.0  # the largest one of the last update, for the log
         self.strength = plan.strength  # of the last update
         self._frozen_at = plan.freeze_update
-        self._restored_freeze: int | None = None
+        self._restored_freeze: int | None = None  # of the checkpoint, past or to come
         self._quiet = 0  # updates since something died or came back
         self._died = False  # something has, though a compaction may have removed it
         # The dead that a freeze holds (int64 indices) by the blocks' names; None before it.

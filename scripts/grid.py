@@ -382,9 +382,11 @@ class Run:
         try:
             return _updates_of(last)
         except CheckpointError as error:
-            os.replace(last, self.folder / "checkpoint_damaged.pt")
             others = {n: path for path, n in self._checkpoints().items() if n is not None}
             newest = max(others, default=0)
+            if not newest and self._has("pruned"):  # else a dense model would have its name
+                raise RunError(f"{last}: {error}; remove {self.folder}, to begin anew") from error
+            os.replace(last, self.folder / "checkpoint_damaged.pt")
             told = f"update {newest}" if newest else "the beginning"
             logger.warning("%s: %s; going on from %s", last, error, told)
             if newest:

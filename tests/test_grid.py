@@ -323,6 +323,15 @@ def test_copies_that_a_kill_has_cut_off(bare_run, grid, monkeypatch, caplog):
     assert began == [4] and "checkpoint_last.pt: truncated" in caplog.text
     assert "going on from update 4" in caplog.text
 
+    (run.folder / "checkpoint_1_4.pt").unlink()
+    (run.folder / "checkpoint_last.pt").write_bytes(b"")
+    (run.folder / "pruned.json").write_text("{}")
+    with pytest.raises(grid.RunError, match=r"checkpoint_last\.pt: .*; remove .*, to begin anew"):
+        run._train()
+    (run.folder / "pruned.json").unlink()
+    run.folder.joinpath("checkpoint_best.pt").unlink()
+    assert run._resumable() == 0 and "going on from the beginning" in caplog.text
+
 
 def test_a_pruning_that_was_killed_at_its_end_is_done_again(bare_run, grid, monkeypatch):
     run = bare_run()
