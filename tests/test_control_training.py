@@ -48,8 +48,8 @@ def test_target_is_met_and_interrupted_training_equals_uninterrupted(corpus, run
     assert warning in first and warning not in last
     assert "the freeze, after" not in whole
     assert "96 groups (rows of fc1 with bias); 58 of them dead after 24 updates" in whole
-    for output, update in ((whole, 24), (last, 33)):
-        assert f"frozen after update {update}: 58 of 96 groups are dead and stay so" in output
+    for output in (whole, last):  # also where it goes on beyond its freeze
+        assert "frozen after update 24: 58 of 96 groups are dead and stay so" in output
     # The average is zero where the model is, too.
     averages = feed_forward_in_state(read_checkpoint(checkpoint)["extra_state"]["ema"])
     for layer, average in zip(layers_of(checkpoint), averages, strict=True):
@@ -321,7 +321,7 @@ def test_target_in_parameters_with_everything_on(corpus, run, tmp_path):
     train += ("--fp16-no-flatten-grads", "--fp16-init-scale", "1", "--activation-fn", "gelu")
     train += ("--prox-couple", "--prox-metric", "adam", "--save-dir", tmp_path)
     assert "frozen after update 14: " in run(*train, "--max-update", "30").stdout
-    assert "frozen after update 30: " in run(*train, "--max-update", "36").stdout
+    assert "frozen after update 14: " in run(*train, "--max-update", "36").stdout
     count = count_neurons(read_checkpoint(tmp_path / "checkpoint_last.pt"))
     before, after = count["parameters"]["total"], count["parameters"]["compact"]
     assert 0 <= before - after - 0.15 * before < 33, "the last neuron that is needed, and no more"

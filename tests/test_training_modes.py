@@ -184,7 +184,7 @@ def test_a_reset_that_loses_the_prox_state_is_told(begun, corpus, run, tmp_path)
     reset += ("--save-dir", tmp_path, "--max-update", "17", "--prox", "l21")
     result = run_program(*reset, "--prox-freeze-update", "auto")
     assert result.returncode != 0 and not list(tmp_path.glob("*.pt"))
-    assert "whether the run has frozen; give the update" in result.stdout.splitlines()[-1]
+    assert "whether the run has frozen; drop --reset-dataloader" in result.stdout.splitlines()[-1]
     output = run(*reset, "--prox-freeze-update", "16").stdout
     assert output.count("--reset-dataloader: fairseq hands over nothing") == 1
     assert "frozen after update 16: " in output
