@@ -207,6 +207,12 @@ def model_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, **nested}
 
 
+def architecture_of(checkpoint: Mapping[str, Any]) -> Any:
+    """What the settings call the architecture, such as transformer_iwslt_de_en; None if nothing."""
+    model = model_config(checkpoint)
+    return model.get("arch") or model.get("_name")
+
+
 def config_section(checkpoint: Mapping[str, Any], name: str) -> dict[str, Any]:
     """One section of the settings, such as ``task`` or ``common``, as a plain dict.
 

@@ -20,6 +20,7 @@ from torch.nn import functional
 from . import __version__
 from .checkpoint import (
     CheckpointError,
+    architecture_of,
     check_finite,
     config_section,
     head_widths,
@@ -225,8 +226,7 @@ def compact(
 
 def _architecture(checkpoint: Mapping[str, Any]) -> tuple[str, str]:
     """Names of the stock model and of the architecture: (transformer, transformer_tiny)."""
-    config = model_config(checkpoint)
-    arch = config.get("arch") or config.get("_name")
+    arch = architecture_of(checkpoint)
     return stock_model(arch), arch
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import config_section, model_config, write_checkpoint
+from .checkpoint import architecture_of, config_section, model_config, write_checkpoint
 from .compaction import compact
 from .compat import require_fairseq
 
@@ -214,7 +214,7 @@ def _flat_settings(
     # In an old checkpoint all settings are one section, whose _name is the model's.
     old = checkpoint.get("cfg") is None
     values["task"] = task.get("task") if old else task.get("_name") or task.get("task")
-    arch = str(model.get("arch") or model["_name"])
+    arch = str(architecture_of(checkpoint))
     values["_name"] = arch if arch.endswith("_autosize") else f"{arch}_autosize"
     values["arch"] = arch.removesuffix("_autosize")
     folder = data if data is not None else values.get("data")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from .checkpoint import (
     CheckpointError,
+    architecture_of,
     model_config,
     printable,
     read_checkpoint,
@@ -120,7 +121,7 @@ def _dead(checkpoint: dict, share: float) -> str:
 
 def _check_same(checkpoint: dict, arch: str, last: Path) -> None:
     """Refuse the checkpoint of another architecture than the command's, compacted or not."""
-    found = _arch(checkpoint)
+    found = str(architecture_of(checkpoint))
     if found.removesuffix("_autosize") != arch.removesuffix("_autosize"):
         raise StageError(
             f"{last} is there already, and of --arch {printable(found)}, not {arch}; choose "
@@ -134,12 +135,7 @@ def _sizes(checkpoint: dict) -> list[str]:
     names = [f"{side}_ffn_dims" for side in ("encoder", "decoder")]
     names += [f"{part}_head_counts" for part in ATTENTION_PARTS]
     sizes = [f"--{name.replace('_', '-')}={model[name]}" for name in names if model.get(name)]
-    return [f"--arch={_arch(checkpoint)}", *sizes] if sizes else []
-
-
-def _arch(checkpoint: dict) -> str:
-    model = model_config(checkpoint)
-    return str(model.get("arch") or model.get("_name"))
+    return [f"--arch={architecture_of(checkpoint)}", *sizes] if sizes else []
 
 
 def _parse(arguments: Sequence[str], epochs: int) -> Namespace:
