@@ -33,6 +33,7 @@ def test_gains_are_of_the_seeds_that_both_have(tmp_path, monkeypatch):
         {"data": "xx-yy", "run": run, "seed": seed, "scores": {"test": {"BLEU": {"score": score}}}}
         for (run, seed), score in scores.items()
     ]
+    teacher = {"data": "teacher", "run": "dense", "seed": 1, "scores": results[0]["scores"]}
     compared = [("narrow", "dense", [1, 2], 1.0), ("narrow", "other", [1], 7.0)]
     compared += [("l21-target", "dense", [2], -0.04)]
     comparisons = [
@@ -40,11 +41,11 @@ def test_gains_are_of_the_seeds_that_both_have(tmp_path, monkeypatch):
         | {"BLEU": {"difference": difference}, "chrF2": {"difference": 99}}
         for run, baseline, seeds, difference in compared
     ]
-    content = {"results": results, "comparisons": comparisons}
+    content = {"results": [*results, teacher], "comparisons": comparisons}
     (tmp_path / "grid.json").write_text(json.dumps(content))
     gains = importlib.import_module("render_results").gains
     row = "| xx-yy | test | 2 | 15.0 | 16.0, **+1.0** | 25.0, **+0.0** (seed 2) |  |  |  |"
-    assert gains([tmp_path / "grid.json"]).splitlines()[-1] == row
+    assert gains([tmp_path / "grid.json"]).splitlines()[2:] == [row]
 
 
 def test_rates_compare_the_seeds_that_all_have(tmp_path, monkeypatch):
