@@ -422,7 +422,7 @@ def _train_compacting(arguments: argparse.Namespace) -> None:
         done = train_in_stages(train, arguments.share, arguments.stage_epochs)
     finally:
         signal.signal(signal.SIGTERM, before)
-    sys.stdout.write(f"trained with {len(done)} compactions\n")
+    sys.stdout.write(f"compactions in this start: {len(done)}\n")
     for result in done:
         widths = "; ".join(
             f"{side} {' '.join(map(str, sizes))}" for side, sizes in result.widths.items()
@@ -436,9 +436,9 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
         help="one HTML page on trainings: neurons over the updates, sizes, losses, scores",
         description="Make one self-contained HTML page from the logs and last checkpoints of "
         "trainings, also while they run. RUN is a folder with checkpoint_last.pt and *.log, as "
-        "'fairseq-train --save-dir RUN ... | tee RUN/train.log' leaves it, or fairseq-hydra-train "
-        "with hydra.run.dir=RUN. BLEU is taken from what fairseq-generate printed, if that is in "
-        "RUN/*.txt or *.out.",
+        "'fairseq-train --save-dir RUN ... | tee -a RUN/train.log' leaves it, or "
+        "fairseq-hydra-train with hydra.run.dir=RUN (its checkpoints in RUN/checkpoints). BLEU is "
+        "taken from what fairseq-generate printed, if that is in RUN/*.txt or *.out.",
         epilog=f"example: {_PROG} report dense=runs/dense half=runs/half --output report.html",
     )
     parser.add_argument(

@@ -63,7 +63,8 @@ class ReportError(Exception):
 def read_run(path: str | os.PathLike[str], name: str | None = None) -> Run:
     """Read a training's folder: logs (``*.log``), checkpoint, scores and speed of translation.
 
-    The checkpoint is ``checkpoint_selected.pt`` (of scripts/grid.py), else ``checkpoint_last.pt``.
+    The checkpoint is ``checkpoint_selected.pt`` (of scripts/grid.py), else ``checkpoint_last.pt``,
+    else that in ``checkpoints``, where fairseq-hydra-train puts it.
     Scores are those of scripts/grid.py and experiment.py (``result.json``), or the last lines of
     fairseq-generate in ``*.txt`` and ``*.out``.
 
@@ -90,12 +91,13 @@ def read_run(path: str | os.PathLike[str], name: str | None = None) -> Run:
         looked = "no *.log in it" if not logs else f"none in {', '.join(str(f) for f in logs)}"
         raise ReportError(
             f"{path}: no progress lines of fairseq-train ({looked}); give a folder with its log "
-            "(fairseq-train ... 2>&1 | tee FOLDER/train.log), or the log itself"
+            "(fairseq-train ... 2>&1 | tee -a FOLDER/train.log), or the log itself"
         )
     run = Run(printable(name or path.resolve().name), log)
     if path.is_dir():
-        selected = folder / "checkpoint_selected.pt"
-        _read_checkpoint(run, selected if selected.exists() else folder / "checkpoint_last.pt")
+        names = ("checkpoint_selected.pt", "checkpoint_last.pt", "checkpoints/checkpoint_last.pt")
+        found = [folder / name for name in names if (folder / name).exists()]
+        _read_checkpoint(run, found[0] if found else folder / "checkpoint_last.pt")
         _read_scores(run, folder)
     return run
 
@@ -261,7 +263,7 @@ def draw(runs: Sequence[Run]) -> list[_Plot]:
     if widths:
         add(
             "widths",
-            "Neurons alive at the end, layer by layer (e: encoder, d: decoder).",
+            "Neurons alive in the checkpoint, layer by layer (e: encoder, d: decoder).",
             lambda axes: _bars(axes, widths, colours),
             ylabel="neurons alive",
         )
@@ -475,7 +477,7 @@ def _file_name(text: str) -> str:
 def _table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """What the runs have come to; columns that no run has are left out."""
     splits = list(dict.fromkeys(split for run in runs for split in run.scores))
-    columns = ["run", "updates", "neurons alive", "heads alive", "parameters left"]
+    columns = ["run", "updates", "checkpoint's", "neurons alive", "heads alive", "parameters left"]
     columns += [f"BLEU ({split})" for split in splits]
     columns += ["best validation loss", "last", "best validation BLEU", "last BLEU"]
     columns += ["updates / s", "translated tokens / s"]
@@ -483,12 +485,15 @@ def _table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for run in runs:
         losses = [value for _, value in run.log.series("valid", "loss")]
+        last = max([*run.log.train, *run.log.valid])
         cells = {
             "run": run.name,
-            "updates": f"{max([*run.log.train, *run.log.valid]):,}",
+            "updates": f"{last:,}",
             **{f"BLEU ({split})": f"{score:.1f}" for split, score in run.scores.items()},
         }
         if run.count is not None:
+            if run.count["updates"] not in (None, last):  # what follows is of then
+                cells["checkpoint's"] = f"{run.count['updates']:,}"
             neurons, heads = run.count["ffn_neurons"], run.count["attention_heads"]
             cells["neurons alive"] = f"{neurons['alive']:,} of {neurons['total']:,}"
             if heads["pruned"]:

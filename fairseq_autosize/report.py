@@ -25,8 +25,8 @@ def count_neurons(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         Plain data with the keys ``layers`` (a list of name, kind, total, alive, pruned),
         ``ffn_neurons`` (total, alive, pruned), ``attention`` and ``attention_heads`` (the same for
         heads; empty where the settings do not tell their number), ``parameters`` (total: as
-        fairseq-train logs it under "num. shared model params"; compact: after compaction) and
-        ``signature``.
+        fairseq-train logs it under "num. shared model params"; compact: after compaction),
+        ``updates`` (of the training so far; None where it does not tell) and ``signature``.
 
     Raises:
         GroupError: the model has no feed-forward layers; the message lists what was found.
@@ -52,13 +52,15 @@ def count_neurons(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     layers = counted(feed_forward_in_state(state), "fc2.weight")
     attention = counted(attention_in_state(state, head_widths(checkpoint)), "out_proj.weight")
     parameters = sum(state[name].numel() for name in names)
+    settings = _settings(checkpoint)
     return {
         "layers": layers,
         "ffn_neurons": _tally((layer["total"], layer["pruned"]) for layer in layers),
         "attention": attention,
         "attention_heads": _tally((block["total"], block["pruned"]) for block in attention),
         "parameters": {"total": parameters, "compact": parameters - removable},
-        "signature": signature(_settings(checkpoint)),
+        "updates": settings.get("updates"),
+        "signature": signature(settings),
     }
 
 

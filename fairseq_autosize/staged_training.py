@@ -75,6 +75,8 @@ def train_in_stages(arguments: Sequence[str], share: float, epochs: int) -> list
                 or (own.max_epoch and finished >= own.max_epoch)
                 or finished < stage_end
             ):
+                if not stage:
+                    logger.info("nothing to train: it is at update %d, its end", updates)
                 return done
             if told := _dead(checkpoint, share):
                 result = compact(checkpoint, keep_optimizer=True)

@@ -23,7 +23,8 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -294,9 +295,11 @@ class Run:
         found = json.loads(noted.read_text())
         prepared = found.pop("prepared", None)  # which earlier versions did not note
         cure = "choose another output, or remove that folder"
-        if found != self.settings:
-            told = "keys swept beside data, run and seed need a place in hydra.sweep.subdir"
-            raise RunError(f"{self.folder} has a run of other settings; {cure} ({told})")
+        if told := difference(found, self.settings, but=() if prepared is None else ("path",)):
+            raise RunError(
+                f"{self.folder} has a run of other settings ({told}); {cure}. Keys swept beside "
+                "data, run and seed need a place in hydra.sweep.subdir"
+            )
         if prepared not in (None, pipeline.corpus_identity(self.record)):
             raise RunError(f"{self.folder} has a run on other data than now in {self.data}; {cure}")
 
@@ -491,6 +494,18 @@ def choices_of(generate: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**generate, lists[0]: value} for value in generate[lists[0]]]
 
 
+def difference(old: Mapping[str, Any], new: Mapping[str, Any], but: Container[str] = ()) -> str:
+    """The first setting that differs, in words; empty if none does. Those in `but` do not count."""
+    for key in dict.fromkeys((*old, *new)):
+        before, now = old.get(key), new.get(key)
+        if before == now or key in but:
+            continue
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            return f"{key}.{difference(before, now)}"
+        return f"{key} is {json.dumps(before)} there, {json.dumps(now)} here"
+    return ""
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file, which is then there as a whole or not at all."""
     with writing(path, force=True) as beside:
@@ -527,12 +542,12 @@ def job(config: DictConfig) -> float:
 
 def progress(folder: Path) -> tuple[str, str]:
     """State of a run (running, done, failed) and a few words on it."""
-    if (folder / "failed.json").exists():
-        return "failed", json.loads((folder / "failed.json").read_text())["error"]
-    if (folder / "result.json").exists():
+    if (folder / "result.json").exists():  # also where a later start with others was refused
         result = json.loads((folder / "result.json").read_text())
         bleu = {s: found["BLEU"]["score"] for s, found in result["scores"].items()}
         return "done", ", ".join(f"{split} {score:.1f} BLEU" for split, score in bleu.items())
+    if (folder / "failed.json").exists():
+        return "failed", error_of(folder)
     if (folder / "trained.json").exists():
         return "running", "translating"
     points = pipeline.history(folder / "train.log") if (folder / "train.log").exists() else []
@@ -540,6 +555,11 @@ def progress(folder: Path) -> tuple[str, str]:
     aim = json.loads((folder / "settings.json").read_text())["train"]["max-update"]
     alive = f", {told['neurons_alive']:.0f} neurons alive" if "neurons_alive" in told else ""
     return "running", f"update {told.get('update', 0)} of {aim}{alive}"
+
+
+def error_of(folder: Path) -> str:
+    """Why the last start of a run failed."""
+    return json.loads((folder / "failed.json").read_text())["error"]
 
 
 def folders(output: Path) -> list[Path]:
@@ -608,7 +628,7 @@ class Watch(Callback):
             sys.exit(1)
         finally:
             for folder in failed:
-                print(f"failed: {folder}: {progress(folder)[1]}", file=sys.stderr)
+                print(f"failed: {folder}: {error_of(folder)}", file=sys.stderr)
         if failed:
             sys.exit(1)
 
@@ -618,6 +638,9 @@ class Watch(Callback):
             return
         summary = {"command": os.environ[TYPED]} | collect(output, results, bases)
         write_json(output / "results.json", summary)
+        for folder, why in summary.get("not_compared", {}).items():
+            told = f"{output / folder} is compared with nothing: {why}"
+            print(f"grid.py: warning: {told}", file=sys.stderr)
         print(f"{table(summary)}\n\nall results: {output / 'results.json'}")
 
 
@@ -645,11 +668,17 @@ def watch(output: Path, pause: float = 2.0, every: float = 300.0) -> None:
             known[folder] = state, words
         return table
 
-    with Live(look(), console=console, auto_refresh=False) as live:
+    # Elsewhere than on a terminal it would print its last table into the midst of what follows.
+    shown = Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext()
+    with shown as live:
         ended = False
-        while not ended:
+        while True:
+            table = look()
+            if live is not None:
+                live.update(table, refresh=True)
+            if ended:
+                break
             ended = _ended.wait(pause)
-            live.update(look(), refresh=console.is_terminal)
 
 
 def hydra_arguments(words: list[str]) -> list[str]:

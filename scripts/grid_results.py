@@ -1,7 +1,6 @@
 """What a grid gives: all runs' results, paired bootstrap tests against the baselines, tables."""
 
 import json
-import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,8 +13,6 @@ import benchmark_operators
 import numpy as np
 import pipeline
 from sacrebleu.metrics import BLEU, CHRF
-
-logger = logging.getLogger(__name__)
 
 RARE = 5  # a word is rare if the training set has it at most so often
 SAMPLES = 1000  # of the bootstrap
@@ -41,6 +38,10 @@ def collect(output: Path, folders: Iterable[Path], baselines: Sequence[str]) -> 
     Where a search or a sweep of further keys has folders of its own, a run's name has them, such
     as ``dense/0.1``, and it is compared with the baseline of the same ones. Always, so that one
     value is not compared with another while a sweep is half done.
+
+    Returns:
+        ``kind``, ``results``, ``comparisons``, and where there are results that are compared with
+        nothing ``not_compared``: their folders, with why.
     """
     results = [
         json.loads((folder / "result.json").read_text(encoding="utf-8"))
@@ -57,12 +58,11 @@ def collect(output: Path, folders: Iterable[Path], baselines: Sequence[str]) -> 
         return counted(measure, output / result["folder"] / f"{split}.txt", raw)
 
     told = {result["folder"]: _not_comparable(output, result) for result in results}
-    for folder, why in told.items():
-        if why:
-            logger.warning("%s is compared with nothing: %s", output / folder, why)
     same = [result for result in results if not told[result["folder"]]]
     comparisons = [found for base in baselines for found in _compare(same, base, statistics)]
-    return {"kind": "grid", "comparisons": comparisons, "results": results}
+    summary = {"kind": "grid", "comparisons": comparisons, "results": results}
+    left_out = {folder: why for folder, why in told.items() if why}
+    return summary | ({"not_compared": left_out} if left_out else {})
 
 
 def _not_comparable(output: Path, result: Mapping[str, Any]) -> str:
@@ -119,6 +119,24 @@ def _apart(results: Sequence[Mapping[str, Any]]) -> list[str]:
         )
         for result in results
     ]
+
+
+def _varied(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The options that a search or sweep has tried, and no folder's name tells, by the folder."""
+    swept: dict[tuple[str, str], list[tuple[Mapping[str, Any], str]]] = {}
+    for result, rest in zip(results, _apart(results), strict=True):
+        if rest:
+            swept.setdefault((result["data"], result["run"]), []).append((result, rest))
+    found: dict[str, dict[str, Any]] = {}
+    for several in swept.values():
+        for option in dict.fromkeys(key for result, _ in several for key in result["train"]):
+            tried = [result["train"].get(option, "") for result, _ in several]
+            values = [f"{x:g}" if isinstance(x, float) else str(x) for x in tried]
+            told = all(value in rest for value, (_, rest) in zip(values, several, strict=True))
+            if option != "seed" and len(set(values)) > 1 and not told:
+                for value, (result, _) in zip(values, several, strict=True):
+                    found.setdefault(result["folder"], {})[option] = value
+    return found
 
 
 def bleu_statistics(translations: Sequence[str], references: Sequence[str]) -> np.ndarray:
@@ -205,6 +223,7 @@ def table(summary: Mapping[str, Any]) -> str:
     BLEU of several seeds is their mean, with the single values behind it.
     """
     rows = []
+    varied = _varied(summary["results"])
     for (data, run), results in _by_run(summary["results"]):
         neurons = [result["neurons"]["ffn_neurons"] for result in results]
         pruned = [100 * n["pruned"] / n["total"] if n["total"] else 0.0 for n in neurons]
@@ -212,6 +231,7 @@ def table(summary: Mapping[str, Any]) -> str:
         row = {
             "data": data,
             "run": run,
+            **varied.get(results[0]["folder"], {}),
             "seeds": len(results),
             "pruned": f"{mean(pruned):.1f} %",
             "parameters left": f"{mean(left):,.0f}",

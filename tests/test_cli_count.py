@@ -44,7 +44,7 @@ def saved(tmp_path):
 def test_counts(saved):
     count = count_neurons(read_checkpoint(saved))
     kinds = {"layers", "ffn_neurons", "attention", "attention_heads"}
-    assert set(count) == kinds | {"parameters", "signature"}
+    assert set(count) == kinds | {"parameters", "signature", "updates"}
     assert count["attention_heads"] == {"total": 12, "alive": 12, "pruned": 0}
     assert count["layers"] == [
         {"name": name, "kind": kind, "total": total, "alive": total - pruned, "pruned": pruned}

@@ -350,7 +350,7 @@ def test_target_counts_what_compaction_has_removed(
     command += ["--prox", "l21", *target, "--prox-freeze-update", "24"]
     command += ["--max-update", "40", "--save-dir", tmp_path]
     assert main(list(map(str, command))) == 0
-    assert re.match(r"trained with [1-9]", capsys.readouterr().out)
+    assert re.match(r"compactions in this start: [1-9]", capsys.readouterr().out)
     rows = sum(layer.fc1_weight.shape[0] for layer in layers_of(tmp_path / "checkpoint_last.pt"))
     dead, total = count_dead(tmp_path / "checkpoint_last.pt")
     assert rows == total < 96
@@ -368,9 +368,9 @@ def test_stages_go_on_where_they_were_interrupted(corpus, run, tmp_path, monkeyp
         assert main([*map(str, words), "--max-update", str(end)]) == 0
         return capsys.readouterr().out
 
-    assert staged("whole", 40).startswith("trained with ")
+    assert staged("whole", 40).startswith("compactions in this start: ")
     run("fairseq_cli.train", *train, tmp_path / "parts", "--max-update", "4")  # and not in stages
-    compactions = [staged("parts", end)[len("trained with ")] for end in (29, 36, 40, 40)]
+    compactions = [staged("parts", end).split()[4] for end in (29, 36, 40, 40)]
     assert int(compactions[0]) > 0 and compactions[-1] == "0"
     ends = [read_checkpoint(tmp_path / name / "checkpoint_last.pt") for name in ("whole", "parts")]
     updates = [end["optimizer_history"][-1]["num_updates"] for end in ends]

@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import itertools
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -246,8 +247,13 @@ def test_a_folder_with_something_else_is_left_alone(bare_run, grid, tmp_path):
 
     (tmp_path / "result.json").write_text("{}")
     run._claim()
-    with pytest.raises(grid.RunError, match="has a run of other settings; choose another output"):
+    with pytest.raises(grid.RunError, match=r"has a run of other settings \(seed is 1 there, 2 he"):
         bare_run(seed=2)._claim()
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "data")
+    bare_run(
+        seed=1, path=str(tmp_path / "elsewhere")
+    )._claim()  # the same data, as what is noted of them tells
+    bare_run(seed=1)._claim()
     run.record["sha256"] = {"train.xx": "0" * 64}
     with pytest.raises(grid.RunError, match=r"has a run on other data than now in .*data; choose"):
         run._claim()
@@ -463,6 +469,7 @@ def output(tmp_path):
                 "valid_loss": 4.0,
                 "scores": {"test": {"BLEU": {"score": 10.0 * keep + seed}, "chrF2": {"score": 5}}},
                 "generate": {},
+                "train": {},
                 "neurons": {
                     "ffn_neurons": {"total": 8, "pruned": 8 - keep},
                     "parameters": {"compact": 1000 * keep},
@@ -538,7 +545,7 @@ def test_the_bootstrap_takes_all_seeds_translations_of_a_sentence_together(grid_
     assert thrice["difference"] == once["difference"] and thrice["won"] == 3 * once["won"]
 
 
-def test_runs_on_data_that_changed_or_is_gone_are_not_compared(grid_results, output, caplog):
+def test_runs_on_data_that_changed_or_is_gone_are_not_compared(grid_results, output):
     """Their translations are not those of the references that are there now."""
     folders = sorted(path.parent for path in output.rglob("result.json"))
     data = output.parent / "data"
@@ -549,7 +556,9 @@ def test_runs_on_data_that_changed_or_is_gone_are_not_compared(grid_results, out
         (folder / "settings.json").write_text(json.dumps({"prepared": prepared}))
     summary = grid_results.collect(output, folders, ["base"])
     assert len(summary["results"]) == 6 and summary["comparisons"] == []
-    assert caplog.text.count("other data now than it was made on") == 5
+    told = summary["not_compared"]
+    assert list(told) == [str(folder.relative_to(output)) for folder in folders[:5]]
+    assert all("other data now than it was made on" in why for why in told.values())
     for folder in folders[1:]:
         (folder / "settings.json").write_text(json.dumps({"prepared": prepared}))
     (entry,) = (
@@ -566,10 +575,10 @@ def test_runs_on_data_that_changed_or_is_gone_are_not_compared(grid_results, out
         other = {"data": "b", "run": run, "seed": 1, "path": str(output / "gone")}
         (folder / "result.json").write_text(json.dumps(gone | other))
         folders.append(folder)
-    caplog.clear()
     summary = grid_results.collect(output, folders, ["base"])
     assert {entry["data"] for entry in summary["comparisons"]} == {"a"}
-    assert caplog.text.count("gone, its data, is not there") == 2
+    told = [why for folder, why in summary["not_compared"].items() if folder.startswith("b/")]
+    assert len(told) == 2 and all("gone, its data, is not there" in why for why in told)
 
 
 def test_runs_of_a_sweep_are_compared_with_the_same_value(grid_results, output):
@@ -593,6 +602,31 @@ def test_runs_of_a_sweep_are_compared_with_the_same_value(grid_results, output):
     assert all(
         f"| {run}/{value} | 2 |" in table for run in ("base", "worse") for value in (0.1, 0.3)
     )
+
+
+def test_a_searchs_table_tells_what_was_tried(grid_results, output):
+    """Folders with a number alone, and two with the value, which needs no column then."""
+    folders = []
+    for number, (dropout, lr) in enumerate([(0.1 + 0.2, 0.003), (0.1, 0.003), (0.1, 0.001)]):
+        folder = output / "a" / "base" / f"{number}" / "seed-1"
+        shutil.copytree(output / "a" / "base" / "seed-1", folder)
+        result = json.loads((folder / "result.json").read_text())
+        train = {"dropout": dropout, "lr": lr, "seed": number, "arch": "x"}
+        (folder / "result.json").write_text(json.dumps(result | {"train": train}))
+        folders.append(folder)
+    for value in (0.1, 0.3):
+        folder = output / "a" / "worse" / f"dropout-{value}" / "seed-1"
+        shutil.copytree(output / "a" / "worse" / "seed-1", folder)
+        result = json.loads((folder / "result.json").read_text())
+        train = {"dropout": value, "lr": 0.003}
+        (folder / "result.json").write_text(json.dumps(result | {"train": train}))
+        folders.append(folder)
+    summary = grid_results.collect(output, folders, ["base"])
+    header, _, *rows = [line.split(" | ") for line in grid_results.table(summary).splitlines()]
+    assert header[2:4] == ["dropout", "lr"] and "seed" not in header
+    told = {row[1]: row[2:4] for row in rows}
+    assert told["base/0"] == ["0.3", "0.003"] and told["base/2"] == ["0.1", "0.001"]
+    assert told["worse/dropout-0.1"] == ["", ""]
 
 
 def test_values_of_a_sweep_that_is_half_done_are_not_mixed(grid_results, output):
@@ -660,6 +694,7 @@ def test_a_grid_runs_resumes_and_tells_what_failed(tmp_path, prepared):
     assert first.returncode == 1, first.stderr
     assert "failed: out/tiny/wrong/seed-1: exit 2, see the end of" in first.stderr
     assert "invalid" in first.stderr and "much" in first.stderr
+    assert not re.search(r"^run +state", first.stderr, re.M), "the table of terminals"
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["command"] == "python scripts/grid.py mine.yaml run=magnitude,peer,wrong"
     assert [result["run"] for result in results["results"]] == ["magnitude", "peer"]
@@ -702,9 +737,16 @@ def test_a_grid_runs_resumes_and_tells_what_failed(tmp_path, prepared):
         same, taken = grid("run=peer"), grid("run=peer", "train.dropout=0.2")
     for refused in (other, taken):
         assert refused.returncode == 1
-        assert "has a run of other settings; choose another output" in refused.stderr
+        assert "other settings (train.dropout is 0.3 there, 0.2 here); choose" in refused.stderr
+        assert "peer/seed-1: done" in refused.stderr, "what is there is none the worse"
     assert same.returncode == 0
     assert result.stat().st_mtime_ns == before
+
+    (prepared / "raw").rename(prepared / "away")
+    apart = grid("run=peer")
+    (prepared / "away").rename(prepared / "raw")
+    told = f"out/tiny/peer/seed-1 is compared with nothing: {prepared}, its data, is not there"
+    assert apart.returncode == 0 and f"grid.py: warning: {told}" in apart.stderr
 
 
 @pytest.mark.heavy

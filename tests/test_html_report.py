@@ -18,7 +18,7 @@ from fairseq_autosize.checkpoint import read_checkpoint, write_checkpoint
 from fairseq_autosize.cli import main
 from fairseq_autosize.compaction import compact
 from fairseq_autosize.groups import feed_forward_in_state
-from fairseq_autosize.html_report import Run, draw, read_run
+from fairseq_autosize.html_report import Run, draw, read_run, write_report
 from fairseq_autosize.training_log import TrainingLog
 
 pytest.importorskip("matplotlib")
@@ -166,7 +166,7 @@ def test_the_page_has_it_all_and_needs_nothing_else(folder, tmp_path, capsys):
     text = page.read_text()
     rows = re.findall(r"<tr>(.*?)</tr>", text, re.S)
     cells = [re.sub(r"<[^>]+>", " ", row).split() for row in rows]
-    assert cells[1][:5] == ["half", "20", "25", "of", "44"]
+    assert cells[1][:6] == ["half", "20", "40", "25", "of", "44"]  # the checkpoint has 40 updates
     assert "31.2" in cells[1] and "8.250" in cells[1] and "1,563" in cells[1]
     assert ["encoder-ffn", "12", "3", "12"] in cells and ["decoder-ffn", "10", "0", "10"] in cells
     assert "fairseq-train DATA --prox l21" in text and "Ours &amp; &lt;theirs&gt;" in text
@@ -221,6 +221,17 @@ def test_the_figures_show_what_was_logged(folder, tmp_path):
     plots = {plot.name: plot.figure for plot in draw([half, other])}
     assert curves(plots["size"])["half"] == [(left, 8.75)]
     assert plots["size"].axes[0].yaxis_inverted(), "up is better"
+
+
+def test_counts_of_an_earlier_checkpoint_are_told_as_such(folder, tmp_path):
+    """While it trains, and where an earlier checkpoint was the best."""
+    run, same = read_run(folder), read_run(folder, "same")
+    run.count["updates"], same.count["updates"] = 1012, 20  # the log ends at 20
+    write_report([run, same], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "checkpoint&#39;s" in page and page.count("1,012") == 1
+    write_report([same], tmp_path / "other.html")
+    assert "checkpoint&#39;s" not in (tmp_path / "other.html").read_text()
 
 
 def test_shares_are_those_of_the_start_after_a_compaction(tmp_path):
@@ -586,7 +597,7 @@ def test_a_real_training_of_hydra_train_is_read(form, corpus, run, tmp_path):
         "lr_scheduler": {"_name": "inverse_sqrt", "warmup_updates": 5},
         "dataset": {"max_tokens": 400, "required_batch_size_multiple": 1, "num_workers": 0},
         "optimization": {"max_update": 20, "lr": [0.005]},
-        "checkpoint": {"save_dir": str(tmp_path), "no_epoch_checkpoints": True},
+        "checkpoint": {"no_epoch_checkpoints": True},
     }
     (tmp_path / "mine.yaml").write_text("# @package _group_\n" + json.dumps(config))
     options = ["--config-dir", tmp_path, "--config-name", "mine", "hydra.run.dir=."]
@@ -596,3 +607,4 @@ def test_a_real_training_of_hydra_train_is_read(form, corpus, run, tmp_path):
     assert log.series("train", "neurons_alive")[-1] == (20, 48)
     assert sum(map(sum, log.layers[max(log.layers)].values())) == 48
     assert "--config-name mine" in log.notes["command"] and "l21" in log.notes["signature"]
+    assert read_run(tmp_path).count["ffn_neurons"]["alive"] == 48  # of checkpoints/
