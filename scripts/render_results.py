@@ -47,8 +47,8 @@ TENTH = ("narrow-102", "l21-target-adam-90-percent")
 # What figures call the data sets and files of results.
 TITLES = {
     "hau-en": "Hausa-English",
-    "lug-en": "Luganda-English, dropout 0.3",
-    "yor-en": "Yoruba-English, dropout 0.3",
+    "lug-en": "Luganda-English",
+    "yor-en": "Yoruba-English",
     "ibo-en-dropout-0.3": "Igbo-English, dropout 0.3",
     "de-en-3000": "Multi30k, 3,000 pairs",
     "mafand-hau-en": "Hausa-English",
@@ -369,10 +369,14 @@ def draw_rates(name: str, path: Path) -> None:
     for (data, run), found in by_rate(results_of(DOCS / "results" / f"{name}.json")).items():
         if run in ("dense", "narrow", WAYS[-1]):
             for (rate, seeds), seed in itertools.product(found.items(), common_seeds(found)):
-                by_run = scores.setdefault(TITLES.get(data, data), {}).setdefault(f"{rate:g}", {})
+                title = TITLES.get(data, data).partition(",")[0]
+                by_run = scores.setdefault(title, {}).setdefault(f"{rate:g}", {})
                 score = seeds[seed]["scores"]["test"]["BLEU"]["score"]
                 by_run.setdefault(run, []).append(score)
-    figures.by_rate(scores, "1,024 neurons a layer (dense), or 384", path)
+    compared = {
+        title: rates for title, rates in scores.items() if all(len(x) > 1 for x in rates.values())
+    }
+    figures.by_rate(compared, "1,024 neurons a layer (dense), or 384", path)
 
 
 def draw_sizes(path: Path) -> None:
