@@ -46,6 +46,11 @@ def record_of(name: str, folder: Path) -> dict[str, Any]:
         ) from error
 
 
+def beside(dest: Path) -> Path:
+    """Where DEST is made."""
+    return dest.with_name(f"{dest.name}.part")
+
+
 def translate(args: argparse.Namespace, source: Path, lines: int, log: Path) -> list[str]:
     """The teacher's translations of a text, one a line."""
     record = record_of("--teacher-data", args.teacher_data)
@@ -72,8 +77,8 @@ def translate(args: argparse.Namespace, source: Path, lines: int, log: Path) -> 
 def distill(args: argparse.Namespace) -> None:
     """Do the whole work; DEST is there when it is complete."""
     languages = record_of("DATA", args.data)["languages"]
-    working = args.dest.with_name(f"{args.dest.name}.part")
-    working.mkdir(parents=True, exist_ok=True)
+    working = beside(args.dest)
+    working.mkdir(parents=True)
     for text in (args.data / "raw").iterdir():
         shutil.copy(text, working)
     source, target = (working / f"train.{language}" for language in languages)
@@ -111,6 +116,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"TEACHER {checkpoint}: no such file")
     if args.dest.exists():
         parser.error(f"DEST {args.dest}: exists already; choose another name, or remove it")
+    if beside(args.dest).exists():
+        told = "is there, of a start that failed or still runs"
+        parser.error(
+            f"DEST {args.dest}: {beside(args.dest)} {told}; remove it, or choose another name"
+        )
     for name, path in (("DATA", args.data), ("--teacher-data", args.teacher_data)):
         if os.pathsep in str(path):
             told = f"fairseq takes {os.pathsep} for the end of a path; choose another name"
