@@ -25,7 +25,7 @@ from typing import Any
 import sacrebleu
 from benchmark_operators import cpu_name
 from fairseq.data.data_utils import post_process
-from pipeline import USER_DIR, execute
+from pipeline import USER_DIR, RunError, execute, record_of
 
 from fairseq_autosize.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from fairseq_autosize.compaction import compact
@@ -200,11 +200,12 @@ def main() -> int:
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to make")
     parser.add_argument("--dense", metavar="DENSE", type=Path, help="dense model to compare with")
     arguments = parser.parse_args()
-    if not (arguments.data / "prepare.json").is_file():
-        parser.error(f"DATA {arguments.data}: no prepare.json there; make it with prepare_data.py")
+    try:
+        record = record_of(arguments.data, "DATA")
+    except RunError as error:
+        parser.error(str(error))
     if arguments.out.exists():
         parser.error(f"OUT {arguments.out}: exists already; choose another name")
-    record = json.loads((arguments.data / "prepare.json").read_text())
     try:
         pruned = read_checkpoint(arguments.pruned)
         dense = read_checkpoint(arguments.dense) if arguments.dense else None

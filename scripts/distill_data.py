@@ -13,14 +13,12 @@ Options that are not named below go to fairseq-interactive and come last: --cpu,
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import shlex
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import pipeline
 from pipeline import RunError
@@ -35,17 +33,6 @@ SEGMENT = {
 }
 
 
-def record_of(name: str, folder: Path) -> dict[str, Any]:
-    """What prepare_data.py noted about a folder."""
-    try:
-        return json.loads((folder / "prepare.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"{name} {folder}: no prepare.json there that can be read ({error}); make the folder "
-            "with prepare_data.py"
-        ) from error
-
-
 def beside(dest: Path) -> Path:
     """Where DEST is made."""
     return dest.with_name(f"{dest.name}.part")
@@ -53,14 +40,7 @@ def beside(dest: Path) -> Path:
 
 def translate(args: argparse.Namespace, source: Path, lines: int, log: Path) -> list[str]:
     """The teacher's translations of a text, one a line."""
-    record = record_of("--teacher-data", args.teacher_data)
-    languages, bpe = record["languages"], record["bpe"]
-    wanted = record_of("DATA", args.data)["languages"]
-    if languages != wanted:
-        raise RunError(
-            f"--teacher-data {args.teacher_data}: translates {' to '.join(languages)}, DATA "
-            f"{args.data} {' to '.join(wanted)}"
-        )
+    languages, bpe = args.record["languages"], args.teacher_record["bpe"]
     command = [sys.executable, "-m", "fairseq_cli.interactive", str(args.teacher_data / "data-bin")]
     command += ["--source-lang", languages[0], "--target-lang", languages[1]]
     command += ["--user-dir", str(pipeline.USER_DIR), "--path", args.teacher]
@@ -76,7 +56,7 @@ def translate(args: argparse.Namespace, source: Path, lines: int, log: Path) -> 
 
 def distill(args: argparse.Namespace) -> None:
     """Do the whole work; DEST is there when it is complete."""
-    languages = record_of("DATA", args.data)["languages"]
+    languages = args.record["languages"]
     working = beside(args.dest)
     working.mkdir(parents=True)
     for text in (args.data / "raw").iterdir():
@@ -121,10 +101,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error(
             f"DEST {args.dest}: {beside(args.dest)} {told}; remove it, or choose another name"
         )
-    for name, path in (("DATA", args.data), ("--teacher-data", args.teacher_data)):
-        if os.pathsep in str(path):
-            told = f"fairseq takes {os.pathsep} for the end of a path; choose another name"
-            parser.error(f"{name} {path}: {told}")
+    try:
+        pipeline.check_path(args.data, "DATA")
+        pipeline.check_path(args.teacher_data, "--teacher-data")
+        args.record = pipeline.record_of(args.data, "DATA")
+        args.teacher_record = pipeline.record_of(args.teacher_data, "--teacher-data")
+    except RunError as error:
+        parser.error(str(error))
+    taught, wanted = args.teacher_record["languages"], args.record["languages"]
+    if taught != wanted:
+        parser.error(
+            f"--teacher-data {args.teacher_data}: translates {' to '.join(taught)}, DATA "
+            f"{args.data} {' to '.join(wanted)}"
+        )
     return args
 
 

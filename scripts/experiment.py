@@ -18,7 +18,6 @@ whole. A folder with anything else in it is refused. OUT/results.json collects t
 import argparse
 import json
 import logging
-import os
 import re
 import shlex
 import sys
@@ -242,12 +241,12 @@ def parse_args() -> argparse.Namespace:
         if len(set(same)) > 1:
             folder = args.out / folder_name(run)
             parser.error(f"--runs {' '.join(same)}: all of them in {folder}; give each an OUT")
-    for name, path in (("OUT", args.out), ("DATA", args.data)):
-        if os.pathsep in str(path):
-            told = f"fairseq takes {os.pathsep} for the end of a path; choose another name"
-            parser.error(f"{name} {path}: {told}")
-    if not (args.data / "prepare.json").is_file():
-        parser.error(f"DATA {args.data}: no prepare.json there; make it with prepare_data.py")
+    try:
+        pipeline.check_path(args.out, "OUT")
+        pipeline.check_path(args.data, "DATA")
+        args.record = pipeline.record_of(args.data, "DATA")
+    except RunError as error:
+        parser.error(str(error))
     return args
 
 
@@ -264,14 +263,13 @@ def main() -> int:
         print(f"experiment.py: error: OUT {args.out}: another process is at it", file=sys.stderr)
         return 2
     pipeline.end_with_commands()
-    record = json.loads((args.data / "prepare.json").read_text())
     failed = False
     results: dict[str, dict] = {}
 
     def attempt(run: str) -> None:
         nonlocal failed
         try:
-            results[run] = perform(run, args.data, record, args)
+            results[run] = perform(run, args.data, args.record, args)
         except Exception as error:  # one run's failure must not take the others with it
             failed = True
             known = isinstance(error, RunError | OSError)
@@ -288,7 +286,7 @@ def main() -> int:
     unique = list({result["run"]: result for result in ordered}.values())
     if unique:
         summary = {
-            "data": record,
+            "data": args.record,
             "command": shlex.join(["python", "scripts/experiment.py", *sys.argv[1:]]),
             "machine": {"processor": cpu_name(), "jobs": args.jobs, "threads a run": 1},
             "versions": pipeline.versions(),

@@ -24,7 +24,6 @@ import sys
 import threading
 import time
 from collections.abc import Container, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -213,12 +212,8 @@ class Run:
         self.lock: int | None = None
         self.data = Path(settings["path"])
         for path in (folder, self.data):
-            if os.pathsep in str(path):
-                told = f"fairseq takes {os.pathsep} for the end of a path; choose other names"
-                raise RunError(f"{path}: {told}")
-        if not (self.data / "prepare.json").is_file():
-            raise RunError(f"{self.data}: no prepare.json there; make it with prepare_data.py")
-        self.record = json.loads((self.data / "prepare.json").read_text())
+            pipeline.check_path(path)
+        self.record = pipeline.record_of(self.data)
 
     def perform(self, lock: int | None = None) -> dict[str, Any]:
         """Do what is still to do; returns what is in result.json.
@@ -668,17 +663,13 @@ def watch(output: Path, pause: float = 2.0, every: float = 300.0) -> None:
             known[folder] = state, words
         return table
 
-    # Elsewhere than on a terminal it would print its last table into the midst of what follows.
-    shown = Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext()
-    with shown as live:
+    # Transient: elsewhere than on a terminal its last table would run into what follows.
+    terminal = console.is_terminal
+    with Live(look(), console=console, auto_refresh=False, transient=not terminal) as live:
         ended = False
-        while True:
-            table = look()
-            if live is not None:
-                live.update(table, refresh=True)
-            if ended:
-                break
+        while not ended:
             ended = _ended.wait(pause)
+            live.update(look(), refresh=terminal)
 
 
 def hydra_arguments(words: list[str]) -> list[str]:

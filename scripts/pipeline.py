@@ -1,5 +1,6 @@
 """What grid.py and experiment.py share: run a program, read what it wrote, score it."""
 
+import json
 import os
 import platform
 import re
@@ -83,6 +84,36 @@ def execute(
         told = log.read_text(errors="replace").strip().rpartition("\n")[2]
         raise RunError(f"exit {process.returncode}, see the end of {log}: {told[:300]}")
     return usage.ru_utime + usage.ru_stime, time.monotonic() - start
+
+
+def check_path(path: Path, name: str = "") -> None:
+    """Refuse a path that fairseq would take for several.
+
+    Args:
+        name: what the user knows it by, such as DATA, for the message.
+
+    Raises:
+        RunError: it is such a one.
+    """
+    if os.pathsep in str(path):
+        told = f"fairseq takes {os.pathsep} for the end of a path; choose another name"
+        raise RunError(f"{name} {path}: {told}".lstrip())
+
+
+def record_of(folder: Path, name: str = "") -> dict[str, Any]:
+    """What prepare_data.py noted about a folder; `name` as in `check_path`.
+
+    Raises:
+        RunError: it did not make the folder, or its note is damaged.
+    """
+    noted = folder / "prepare.json"
+    if not noted.is_file():
+        told = "no prepare.json there; make it with prepare_data.py"
+        raise RunError(f"{name} {folder}: {told}".lstrip())
+    try:
+        return json.loads(noted.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{noted}: {error}; make the folder anew with prepare_data.py") from error
 
 
 def corpus_identity(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -250,9 +250,7 @@ def test_a_folder_with_something_else_is_left_alone(bare_run, grid, tmp_path):
     with pytest.raises(grid.RunError, match=r"has a run of other settings \(seed is 1 there, 2 he"):
         bare_run(seed=2)._claim()
     (tmp_path / "elsewhere").symlink_to(tmp_path / "data")
-    bare_run(
-        seed=1, path=str(tmp_path / "elsewhere")
-    )._claim()  # the same data, as what is noted of them tells
+    bare_run(seed=1, path=str(tmp_path / "elsewhere"))._claim()  # which has the same data
     bare_run(seed=1)._claim()
     run.record["sha256"] = {"train.xx": "0" * 64}
     with pytest.raises(grid.RunError, match=r"has a run on other data than now in .*data; choose"):
