@@ -81,6 +81,7 @@ def test_targets_are_the_teachers_translations(folder, tmp_path, run):
         ((*TEACHER, "taken"), "DEST taken: exists already; choose another name, or remove it"),
         ((*TEACHER, "old"), "DEST old: old.part is there, of a start that failed or still runs;"),
         (("model/checkpoint_last.pt", "text", "new"), "DATA text: no prepare.json there"),
+        (("model/checkpoint_last.pt", "cut", "new"), "; make the folder anew with prepare_data.py"),
         ((*TEACHER, "new", "--teacher-data", "model"), "--teacher-data model: no prepare.json"),
         ((*TEACHER, "new", "--teacher-data", "turned"), "translates en to xa, DATA student xa to"),
         ((*TEACHER, "new", "--teacher-data", "a:b"), "--teacher-data a:b: fairseq takes : for the"),
@@ -97,6 +98,8 @@ def test_faults_are_told_in_a_line_and_leave_no_folder(
     (root / "taken").mkdir(exist_ok=True)
     (root / "old.part").mkdir(exist_ok=True)
     (root / "turned").mkdir(exist_ok=True)
+    (root / "cut").mkdir(exist_ok=True)
+    (root / "cut" / "prepare.json").write_text("{")
     record = (root / "teacher" / "prepare.json").read_text(encoding="utf-8")
     turned = record.replace('"xa",\n    "en"', '"en",\n    "xa"')
     assert turned != record
