@@ -12,7 +12,7 @@ from typing import Any, Optional
 import torch
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
-from .groups import GROUP_NAMES, GroupError
+from .groups import GROUP_NAMES, GroupError, is_layer_name
 from .prox import OPERATORS
 
 PROX_CHOICES = ("none", *OPERATORS)
@@ -142,6 +142,15 @@ class AutosizeConfig(FairseqDataclass):
             "cannot escape the penalty by scaling fc1 down and fc2 up"
         },
     )
+    prox_layer_scale: Optional[str] = field(  # noqa: UP045
+        default=None,
+        metadata={
+            "help": "comma-separated list of NAME:S, S > 0, such as encoder-ffn:0.5: the strength "
+            "is S times as large for the groups of NAME, one of those of --prox-groups or a layer "
+            "such as decoder.layers.0; of several with a group the last counts. With a target, "
+            "groups die in the order of their norms divided by S"
+        },
+    )
     prox_metric: ChoiceEnum(METRICS) = field(  # type: ignore[valid-type]
         default="identity",
         metadata={
@@ -170,6 +179,8 @@ class Settings:
         freeze_share: the same as a share of the training.
         patience: updates without a change before the freeze, with ``--prox-freeze-update auto``.
         couple: whether the column of fc2 belongs to the group.
+        layer_scales: names in `groups.GROUP_NAMES` or of layers, each with what the strength of its
+            groups is multiplied by.
         adam_metric: whether steps are taken in Adam's metric.
     """
 
@@ -186,6 +197,7 @@ class Settings:
     freeze_share: float | None = None
     patience: int | None = None
     couple: bool = False
+    layer_scales: tuple[tuple[str, float], ...] = ()
     adam_metric: bool = False
 
     @property
@@ -253,12 +265,18 @@ class Settings:
             freeze_share=share,
             patience=patience,
             couple=bool(cfg.prox_couple),
+            layer_scales=_layer_scales(cfg.prox_layer_scale),
             adam_metric=cfg.prox_metric == "adam",
         )
         if settings.target_by_layer and not settings.has_target:
             raise ConfigError(
                 "--prox-target-scope layer: there is no target; give --prox-target-sparsity or "
                 "--prox-target-parameters"
+            )
+        if settings.target_by_layer and settings.layer_scales:
+            raise ConfigError(
+                f"--prox-layer-scale {cfg.prox_layer_scale} does not go with --prox-target-scope "
+                "layer, where every layer loses the same share; leave out one of them"
             )
         needs_strength = settings.adam_metric and prox != "none"
         if needs_strength and strength is None and not settings.has_target:
@@ -390,6 +408,24 @@ def _groups(text: str) -> tuple[str, ...]:
                 "(separate several by commas)"
             )
     return names
+
+
+def _layer_scales(text: str | None) -> tuple[tuple[str, float], ...]:
+    scales = []
+    for entry in [] if text is None else text.split(","):
+        name, _, number = (part.strip() for part in entry.partition(":"))
+        if name not in GROUP_NAMES and not is_layer_name(name):
+            raise ConfigError(
+                f"--prox-layer-scale {text}: {name!r} is neither one of {', '.join(GROUP_NAMES)} "
+                "nor a layer such as encoder.layers.0"
+            )
+        if not (scale := _number(number)) > 0:  # NaN too
+            raise ConfigError(
+                f"--prox-layer-scale {text}: {name} needs a finite number > 0, as in {name}:0.5; "
+                "what is not to be shrunk at all is left out of --prox-groups"
+            )
+        scales.append((name, scale))
+    return tuple(scales)
 
 
 def add_bias_flags(parser: ArgumentParser) -> None:

@@ -181,6 +181,19 @@ class Attention:
 Block = FeedForward | Attention
 
 
+def is_layer_name(name: str) -> bool:
+    """Whether a layer of a Transformer is called so, such as ``encoder.layers.0``."""
+    return _LAYER.search(name) is not None
+
+
+def is_of(block: Block, name: str) -> bool:
+    """Whether a block is among those of a name out of `GROUP_NAMES`, or belongs to a layer.
+
+    A layer may be named without what comes before it in a model for several languages.
+    """
+    return block.kind in GROUP_NAMES.get(name, ()) or f".{name}." in f".{block.name}."
+
+
 def dead_neurons(fc1_weight: Tensor) -> Tensor:
     """Which neurons are dead: every weight of their row of fc1 is exactly zero.
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -68,6 +69,8 @@ class ProximalOptimizer:
         operator: from `prox.OPERATORS`.
         plan: when and how strongly.
         shape: what a group is.
+        scales: by the names of blocks, what the thresholds of their groups are multiplied by,
+            > 0; 1 for those that are not in it.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class ProximalOptimizer:
         operator: Operator,
         plan: Plan,
         shape: GroupShape = GroupShape(),
+        scales: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         self.optimizer = optimizer
         self.operator = operator
@@ -104,7 +108,10 @@ class ProximalOptimizer:
         }
         self.blocks = [block for block in blocks if own[block.name]]
         self.frozen_blocks = [block.name for block in blocks if block.count and not own[block.name]]
-        self._groups = [_Groups(block, masters, operator, shape) for block in self.blocks]
+        self._groups = [
+            _Groups(block, masters, operator, shape, scales.get(block.name, 1.0))
+            for block in self.blocks
+        ]
         self._pools = [self._pool(None, self._groups)]
         self._dead = self._dead_masks()  # at the beginning or, with patience, after an update
 
@@ -336,7 +343,12 @@ class _Groups:
     """The groups of one block, on the masters."""
 
     def __init__(
-        self, block: Block, masters: Mapping[Any, Master], operator: Operator, shape: GroupShape
+        self,
+        block: Block,
+        masters: Mapping[Any, Master],
+        operator: Operator,
+        shape: GroupShape,
+        scale: float,
     ) -> None:
         groups = block.groups(bias=shape.bias, couple=shape.fc2)
         self.count = groups.count
@@ -357,7 +369,7 @@ class _Groups:
         self.entries = sum(part.master.tensor.numel() for part in self.members)
         # Groups of different sizes are shrunk in proportion to what random entries would add up
         # to; plain rows of fc1 by the threshold itself.
-        self.scale = (self.entries / groups.count / groups.unit) ** operator.growth
+        self.scale = scale * (self.entries / groups.count / groups.unit) ** operator.growth
         weight, *others = (part.master.tensor for part in self.members)
         self.plain = (
             groups.members[0].dim == 0

@@ -103,6 +103,8 @@ def signature(settings: Mapping[str, Any]) -> str:
         }
         if settings.get("prox_couple"):
             fields["couple"] = "yes"
+        if settings.get("prox_layer_scale") is not None:
+            fields["scale"] = settings["prox_layer_scale"]
         fields["start"] = settings.get("prox_start_update", 0)
         if settings.get("prox_freeze_update") is not None:
             fields["freeze"] = settings["prox_freeze_update"]

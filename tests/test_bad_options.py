@@ -46,6 +46,9 @@ COMMAND_LINES = {
     "--prox l21 --prox-target-sparsity 0.5 --prox-freeze-update auto": "-freeze-update auto: give",
     "--prox l21 --prox-target-sparsity 0.5 --prox-start-update 1": "error: --prox-start-update 1: ",
     "--prox none --prox-target-sparsity 0.5": "sparsity 0.5 has no effect without an operator: ",
+    "--prox l21 --prox-layer-scale encoder:2": "scale encoder:2: 'encoder' is neither one of ffn",
+    "--prox l21 --prox-layer-scale 0.5": "scale 0.5: '0.5' is neither one of ffn, enc",
+    "--prox l21 --prox-layer-scale ffn:half": "scale ffn:half: ffn needs a finite number > 0",
     "--prox l21 --prox-metric newton": "argument --prox-metric: invalid choice: 'newton'",
     "--prox l21 --prox-metric adam": "error: --prox-metric adam has no default strength: give",
     "--prox l21 --prox-metric adam --prox-strength 1 --optimizer sgd": (

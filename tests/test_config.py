@@ -38,6 +38,7 @@ def test_values_are_read():
         prox_freeze_update="auto",
         prox_freeze_patience=30,
         prox_couple=True,
+        prox_layer_scale="ffn:2, decoder.layers.0:0.5",
         prox_metric="adam",
     )
     assert read == Settings(
@@ -49,6 +50,7 @@ def test_values_are_read():
         start_update=7,
         patience=30,
         couple=True,
+        layer_scales=(("ffn", 2.0), ("decoder.layers.0", 0.5)),
         adam_metric=True,
     )
 
@@ -103,6 +105,28 @@ def test_values_are_read():
         (
             {"prox": "l21", "prox_target_parameters": 0.5, "prox_freeze_update": "auto"},
             "--prox-target-parameters 0.5 does not go with --prox-freeze-update auto",
+        ),
+        ({"prox_layer_scale": ""}, "--prox-layer-scale : '' is neither one of ffn"),
+        ({"prox_layer_scale": "heads:2"}, "--prox-layer-scale heads:2: 'heads' is neither one of"),
+        (
+            {"prox_layer_scale": "encoder.layers:2"},
+            "--prox-layer-scale encoder.layers:2: 'encoder.l",
+        ),
+        *(
+            (
+                {"prox_layer_scale": f"ffn:1,encoder-ffn{number}"},
+                f"--prox-layer-scale ffn:1,encoder-ffn{number}: encoder-ffn needs a finite number",
+            )
+            for number in ("", ":", ":0", ":-1", ":nan", ":inf", ":1:2")
+        ),
+        (
+            {
+                "prox": "l21",
+                "prox_target_sparsity": 0.5,
+                "prox_target_scope": "layer",
+                "prox_layer_scale": "ffn:2",
+            },
+            "--prox-layer-scale ffn:2 does not go with --prox-target-scope layer",
         ),
         ({"prox_metric": "newton"}, "--prox-metric newton: choose one of identity, adam"),
         ({"prox": "l21", "prox_metric": "adam"}, "--prox-metric adam has no default strength"),

@@ -116,6 +116,25 @@ def test_threshold_of_an_update_is_what_the_target_needs():
     assert dead_in(model) == 6
 
 
+@pytest.mark.parametrize("adam", [False, True])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_layer_of_a_larger_scale_loses_its_groups_first(operator, adam):
+    model, optimizer = adam_model()
+    proximal = ProximalOptimizer(
+        optimizer,
+        feed_forward_in_model(model),
+        OPERATORS[operator],
+        Plan(freeze_update=30),
+        GroupShape(adam=adam),
+        {"encoder.layers.1": 1e3},
+    )
+    proximal.aim_at([Goal(8, (1, 1))])
+    for update in range(31):
+        backward(model, optimizer, update)
+        proximal.step(update)
+    assert [int(block.dead().sum()) for block in feed_forward_in_model(model)] == [2, 6]
+
+
 def test_ties_do_not_overshoot():
     model, optimizer = adam_model()
     for layer in feed_forward_in_model(model):

@@ -152,6 +152,7 @@ def test_an_automatic_freeze_of_other_options_is_waited_for_anew(corpus, run, tm
     for options in (
         (*more, "--prox-strength", "0.002"),
         (*more, *strength, "--prox-couple"),
+        (*more, *strength, "--prox-layer-scale", "ffn:2"),
         ("--max-update", "5", *strength, "--reset-optimizer"),
     ):
         assert "frozen after" not in goes_on(*options, **waits), options
@@ -313,6 +314,18 @@ def test_target_of_every_layer_with_heads(options, share, told, corpus, run, tmp
     assert 1 - parameters["compact"] / parameters["total"] == pytest.approx(share, abs=0.013)
     assert ("whole groups of every layer come to" in output) == (told is not None)
     assert told is None or re.search(told, output)
+
+
+def test_scale_of_layers(corpus, run, tmp_path):
+    """A block that is as good as not shrunk, and a layer of it that is all the same."""
+    target = ("--prox-target-sparsity", "0.5", "--prox-freeze-update", "20", "--max-update", "24")
+    scale = ("--prox-layer-scale", "encoder-ffn:1e-6, encoder.layers.1:1")
+    train = (*TRAIN, corpus, "--prox", "l21", "--disable-validation", "--save-dir", tmp_path)
+    output = run(*train, *target, *scale).stdout
+    assert "|groups:ffn|bias:yes|scale:encoder-ffn:1e-6, encoder.layers.1:1|start:0|" in output
+    dead = {x.name: int(x.dead().sum()) for x in layers_of(tmp_path / "checkpoint_last.pt")}
+    assert dead.pop("encoder.layers.0") == 0
+    assert len(dead) == 3 and all(dead.values()) and sum(dead.values()) == 48
 
 
 def test_target_in_parameters_with_everything_on(corpus, run, tmp_path):

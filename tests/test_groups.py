@@ -1,5 +1,7 @@
 """Finding feed-forward blocks in models and in state dicts."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from fairseq.models.transformer import TransformerModel
@@ -12,6 +14,8 @@ from fairseq_autosize.groups import (
     feed_forward_in_model,
     feed_forward_in_state,
     has_slope_at_zero,
+    is_layer_name,
+    is_of,
     maps_zero_to_zero,
 )
 
@@ -31,6 +35,38 @@ def test_layers_of_a_model_in_order():
     assert layers[0].fc1_weight is model.encoder.layers[0].fc1.weight
     assert layers[2].fc2_weight is model.decoder.layers[0].fc2.weight
     assert layers[2].fc1_bias.shape == (10,)
+
+
+def test_names_of_layers():
+    for name in ("encoder.layers.0", "decoder.layers.12", "models.de-en.encoder.layers.1"):
+        assert is_layer_name(name)
+    for name in ("encoder", "encoder.layers", "layers.0", "encoder.layers.x", "ffn", ""):
+        assert not is_layer_name(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "selected"),
+    [
+        ("ffn", [0, 2, 4]),
+        ("encoder-ffn", [0, 2]),
+        ("attention", [1, 3, 5, 6]),
+        ("cross-attention", [6]),
+        ("encoder.layers.0", [0, 1]),
+        ("encoder.layers.10", [2, 3]),
+        ("models.de-en.encoder.layers.10", [2, 3]),
+        ("decoder.layers.0", [4, 5, 6]),
+        ("encoder.layers.1", []),
+    ],
+)
+def test_blocks_of_a_name(name, selected):
+    paths = ["encoder.layers.0", "models.de-en.encoder.layers.10", "decoder.layers.0"]
+    blocks = []
+    for path in paths:
+        side = "encoder" if "encoder" in path else "decoder"
+        blocks.append(SimpleNamespace(name=path, kind=f"{side}-ffn"))
+        blocks.append(SimpleNamespace(name=f"{path}.self_attn", kind=f"{side}-attention"))
+    blocks.append(SimpleNamespace(name="decoder.layers.0.encoder_attn", kind="cross-attention"))
+    assert [i for i, block in enumerate(blocks) if is_of(block, name)] == selected
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,25 @@ def test_options_of_the_step(monkeypatch):
     assert proximal.penalty() == 0.0
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_scale_multiplies_the_threshold_of_its_block(operator, monkeypatch):
+    model, optimizer = build("fp32", monkeypatch)
+    layers = feed_forward_in_model(model)
+    expected = [(x.fc1_weight.detach().clone(), x.fc1_bias.detach().clone()) for x in layers]
+    scales = {"encoder.layers.1": 3.0}
+    proximal = ProximalOptimizer(
+        optimizer, layers, OPERATORS[operator], Plan(0.2, 1.0), scales=scales
+    )
+    penalties = [float(OPERATORS[operator].penalty(*rows)) for rows in expected]
+    assert proximal.penalty() == pytest.approx(penalties[0] + 3 * penalties[1])
+    optimizer.zero_grad()
+    proximal.step(0)
+    for layer, (weight, bias), threshold in zip(layers, expected, (0.2, 0.6), strict=True):
+        OPERATORS[operator].prox_(weight, threshold, bias=bias)
+        assert torch.allclose(layer.fc1_weight, weight, atol=1e-7)
+        assert torch.allclose(layer.fc1_bias, bias, atol=1e-7)
+
+
 def test_every_parameter_group_has_its_own_learning_rate(monkeypatch):
     model, _ = build("fp32", monkeypatch)
     first, second = model.encoder.layers

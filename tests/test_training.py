@@ -284,8 +284,10 @@ def test_step_follows_the_schedule_and_rows_die_when_predicted(schedule, corpus,
             ],
         ),
         (
-            "--prox-groups attention --prox-couple --prox-strength 1",
+            "--prox-groups attention --prox-couple --prox-layer-scale encoder.layers.9:2 "
+            "--prox-strength 1",
             [
+                "no effect: --prox-layer-scale encoder.layers.9, which none of --prox-groups atten",
                 "no effect on heads: --prox-couple",
                 "no group without gradient would die by update 6: the thresholds add up to 0.0",
             ],

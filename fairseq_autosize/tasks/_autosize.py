@@ -32,7 +32,7 @@ from ..config import (
     check_training_mode,
     tell_errors_in_one_line,
 )
-from ..groups import Block, FeedForward, blocks_in_model, has_slope_at_zero
+from ..groups import Block, FeedForward, blocks_in_model, has_slope_at_zero, is_of
 from ..masters import precision_state, restore_precision
 from ..prox import OPERATORS
 from ..proximal_optimizer import GroupShape, ProximalOptimizer
@@ -132,6 +132,14 @@ class AutosizeMixin(FairseqTask):
                 logger.warning(
                     "no effect without --prox-freeze-update auto: --prox-freeze-patience"
                 )
+            for name, _ in self.settings.layer_scales:
+                if not any(is_of(block, name) for block in blocks):
+                    # No error: a compacted model may have lost the layer.
+                    logger.warning(
+                        "no effect: --prox-layer-scale %s, which none of --prox-groups %s is",
+                        name,
+                        ",".join(self.settings.groups),
+                    )
             if self.settings.couple and not any(isinstance(x, FeedForward) for x in blocks):
                 logger.warning("no effect on heads: --prox-couple")
         elif ignored := [name for name in _OPTIONS if name != "prox" and self._is_set(name)]:
@@ -370,6 +378,8 @@ class AutosizeMixin(FairseqTask):
         if self.settings.patience is not None:  # there the steps settle what is dead
             names += ("prox", "prox_strength", "prox_step_size", "prox_metric")
             names += ("prox_bias", "prox_couple")
+            if self.settings.layer_scales:  # checkpoints before it was an option do without
+                names += ("prox_layer_scale",)
         return " ".join(str(getattr(self._task_config, name)) for name in names)
 
     @property
@@ -468,7 +478,13 @@ class AutosizeMixin(FairseqTask):
         )
         shape = GroupShape(bias=settings.bias, fc2=settings.couple, adam=settings.adam_metric)
         operator = OPERATORS[settings.prox]
-        proximal = ProximalOptimizer(optimizer, self._blocks, operator, plan, shape)
+        scales = {
+            block.name: scale
+            for name, scale in settings.layer_scales
+            for block in self._blocks
+            if is_of(block, name)
+        }
+        proximal = ProximalOptimizer(optimizer, self._blocks, operator, plan, shape, scales)
         if not proximal.blocks:
             raise ConfigError(
                 f"--prox {settings.prox}: all blocks of --prox-groups "
