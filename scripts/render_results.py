@@ -4,12 +4,12 @@
     python scripts/render_results.py [--check]
 
 Each JSON file is the results.json of one scripts/experiment.py, or, with a "kind", what
-scripts/grid.py, bench_inference.py or compare_engines.py wrote. Its tables replace what stands in a
-page between `<!-- table NAME -->` (for a grid `<!-- grid NAME -->`) and `<!-- end -->`; NAME is the
-file's name without `.json`. `<!-- targets NAME NAME ... -->` puts one table of requested and
-reached sparsities there, `<!-- seeds NAME NAME ... -->` the means of runs with several seeds,
-`<!-- gains NAME NAME ... -->` what several grids gain over the dense model, and `<!-- rates NAME
-... -->` what their runs have at several learning rates.
+scripts/grid.py, bench_inference.py, compare_engines.py or source_use.py wrote. Its tables replace
+what stands in a page between `<!-- table NAME -->` (for a grid `<!-- grid NAME -->`) and
+`<!-- end -->`; NAME is the file's name without `.json`. `<!-- targets NAME NAME ... -->` puts one
+table of requested and reached sparsities there, `<!-- seeds NAME NAME ... -->` the means of runs
+with several seeds, `<!-- gains NAME NAME ... -->` what several grids gain over the dense model, and
+`<!-- rates NAME ... -->` what their runs have at several learning rates.
 
 Those figures are drawn that a page shows: NAME.png, the neurons alive over the updates; for a grid
 also NAME-layers.png, what is left in each layer, NAME-size.png, size against BLEU, and
@@ -35,6 +35,7 @@ import bench_inference
 import benchmark_operators
 import compare_engines
 import grid_results
+import source_use
 from experiment import RUN, by_kind_and_value, table
 
 from fairseq_autosize.strength import default_strength
@@ -72,7 +73,11 @@ def section(path: Path) -> str:
     summary = json.loads(path.read_text(encoding="utf-8"))
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     machine = summary["machine"]
-    shown = {"inference": bench_inference.tables, "engines": compare_engines.table}
+    shown = {
+        "inference": bench_inference.tables,
+        "engines": compare_engines.table,
+        "source": source_use.table,
+    }
     if "kind" in summary:
         return "\n".join(
             [
