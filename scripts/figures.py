@@ -241,3 +241,23 @@ def by_size(
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("BLEU (test)")
     save_panels(path, figure, title)
+
+
+def bleu_against_source_use(
+    points: Mapping[str, Sequence[tuple[float, float, float]]], title: str, path: Path
+) -> None:
+    """BLEU against what the source tells models, and against their loss; a point a model.
+
+    Args:
+        points: kind of model -> (bits that the source tells, loss in bits, BLEU).
+    """
+    figure, panels = pyplot.subplots(1, 2, figsize=(6.4, 3.2), sharey=True, layout="constrained")
+    labels = ("bits a subword from the source", "loss (validation), bits a subword")
+    for place, (axes, label) in enumerate(zip(panels, labels, strict=True)):
+        for marker, (kind, models) in zip("so^", points.items(), strict=False):
+            found = [(model[place], model[2]) for model in models]
+            axes.plot(*zip(*found, strict=True), marker, label=kind, alpha=0.8)
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("BLEU (test)")
+    save_panels(path, figure, title)

@@ -15,7 +15,8 @@ Those figures are drawn that a page shows: NAME.png, the neurons alive over the 
 also NAME-layers.png, what is left in each layer, NAME-size.png, size against BLEU, and
 NAME-bleu.png, BLEU and loss of the validations over the updates (`select: bleu`); gains.png, what
 is gained against the number of pairs, rates.png, BLEU at two learning rates, sizes.png, BLEU
-against size, and widths.png (in README.md), what is left of each layer. --check writes nothing and
+against size, source-use.png, BLEU against what the source tells the models, and widths.png (in
+README.md), what is left of each layer. --check writes nothing and
 fails if a table on a page is not up to date.
 """
 
@@ -437,6 +438,20 @@ def draw_gains(path: Path) -> None:
     figures.gain_over_pairs(gained, "Multi30k De-En, 1,024 neurons a layer", path)
 
 
+def draw_source_use(name: str, data: str, path: Path) -> None:
+    """What the source tells models of one pair, at all learning rates, and their loss and BLEU."""
+    import figures
+
+    kinds = {"dense": "dense", "narrow": "uniform, narrower", "l21": "auto-sized"}
+    points: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in kinds.values()}
+    summary = json.loads((DOCS / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    for model in summary["models"]:
+        if f"{model['data']}-".startswith(f"{data}-"):
+            point = (model["source_use"], model["bits"], model["BLEU"]["test"])
+            points[kinds[model["run"].partition("-")[0]]].append(point)
+    figures.bleu_against_source_use(points, TITLES[data], path)
+
+
 def draw_gallery(name: str) -> None:
     """The figures of docs/gallery.md: those of the paper that one experiment can redraw."""
     import figures
@@ -488,6 +503,7 @@ def main() -> int:
         draw_gains(DOCS / "results" / "gains.png")
         draw_rates("mafand-wide", DOCS / "results" / "rates.png")
         draw_sizes(DOCS / "results" / "sizes.png")
+        draw_source_use("source-use", "hau-en", DOCS / "results" / "source-use.png")
         title = "62.5 % of the feed-forward neurons gone, German-English"
         draw_widths("multi30k-sizes", "de-en-29000", title, DOCS / "results" / "widths.png")
     return int(stale)
