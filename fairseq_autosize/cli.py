@@ -480,14 +480,17 @@ def _report(arguments: argparse.Namespace) -> None:
         runs[run.name] = run
         for problem in run.problems:
             sys.stderr.write(f"{_PROG}: warning: {printable(problem)}\n")
-    command = shlex.join([_PROG, "report", *arguments.runs, "--output", arguments.output])
+    command = [_PROG, "report", *arguments.runs, "--output", arguments.output]
+    command += ["--title", arguments.title]
+    if arguments.plots is not None:
+        command += ["--plots", arguments.plots]
     written = write_report(
         list(runs.values()),
         arguments.output,
         title=arguments.title,
         plots=arguments.plots,
         force=arguments.force,
-        made_by=command,
+        made_by=shlex.join(command),
     )
     sys.stdout.write("".join(f"wrote {path}\n" for path in written))
 

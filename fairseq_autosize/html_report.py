@@ -25,12 +25,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_MAX_UPDATE = re.compile(r"(?:--max-update[ =]|optimization\.max_update=)(\d{1,15})\b")
 _TIME = re.compile(r"\b\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\b")
 # The last lines of fairseq-generate.
 _TRANSLATED = re.compile(r"Translated [\d,]+ sentences .* ([\d.]+) tokens/s\)")
 _GENERATED = re.compile(
     r"^Generate (\S+) with beam=\d+: (BLEU\d?|chrF2?)\S*(?:\|(\S+))? = ([\d.]+)", re.M
 )
+
+
+# Of the figures: inches, small so that their text is large on a phone; and percent, where a line at
+# 0 is not hidden by the axis.
+_WIDTH = 5.2
+_PERCENT = (-2, 103)
 
 
 @dataclass
@@ -139,11 +146,13 @@ def _read_scores(run: Run, folder: Path) -> None:
             told = json.loads(result.read_text(encoding="utf-8"))
             for split, scores in _test_sets_first(told["scores"]):
                 run.scores[split] = _finite(scores["BLEU"]["score"])
-                whole = {n: s for n, s in scores.items() if "lines" not in s}  # not of a part
-                run.signatures += [f"{split}: {n} {s['signature']}" for n, s in whole.items()]
+                run.signatures.append(f"{split}: BLEU {scores['BLEU']['signature']}")
             for split, speed in _test_sets_first(told.get("tokens_per_second", {})):
                 if speed is not None:
                     run.tokens_per_second[split] = _finite(speed)
+            # Without a prox the task itself does not log it.
+            for command in told.get("commands", [])[:1]:
+                run.log.notes.setdefault("command", str(command))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             run.problems.append(f"{run.name}: {result}: no scores as expected: {error!r}")
         return
@@ -219,7 +228,7 @@ def draw(runs: Sequence[Run]) -> list[_Plot]:
     plots = []
 
     def add(name: str, caption: str, fill: Callable[["Axes"], None], **labels: str) -> None:
-        figure = Figure(figsize=(6.0, 3.7), layout="constrained")
+        figure = Figure(figsize=(_WIDTH, 3.4), layout="constrained")
         axes = figure.add_subplot()
         fill(axes)
         axes.set(**labels)
@@ -227,12 +236,13 @@ def draw(runs: Sequence[Run]) -> list[_Plot]:
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_axisbelow(True)
         if labelled := axes.get_legend_handles_labels()[1]:
-            # A column takes up to 7.5 of 600 pixels a letter, and 30 for its line and the gap.
-            columns = max(1, min(3, int(600 / (30 + 7.5 * max(map(len, labelled))))))
+            # A column takes up to 7.5 of 100 pixels an inch a letter, and 30 for its line and gap.
+            columns = int(100 * _WIDTH / (30 + 7.5 * max(map(len, labelled))))
+            columns = max(1, min(3, columns))
             figure.legend(frameon=False, fontsize="small", loc="outside upper left", ncols=columns)
         plots.append(_Plot(name, caption, figure))
 
-    colours = {run.name: f"C{index % 10}" for index, run in enumerate(runs)}
+    colours = {run.name: _colour(index) for index, run in enumerate(runs)}
     alive = {run.name: _share_alive(run) for run in runs}
     if any(alive.values()):
 
@@ -240,7 +250,7 @@ def draw(runs: Sequence[Run]) -> list[_Plot]:
             for name, points in alive.items():
                 if points:
                     axes.plot(*zip(*points, strict=True), color=colours[name], label=_label(name))
-            axes.set_ylim(0, 103)
+            axes.set_ylim(*_PERCENT)
 
         add(
             "neurons",
@@ -249,16 +259,6 @@ def draw(runs: Sequence[Run]) -> list[_Plot]:
             xlabel="updates",
             ylabel="neurons alive, %",
         )
-    for run in runs:
-        if run.log.layers:
-            add(
-                f"layers-{_file_name(run.name)}",
-                f"{run.name}: what is alive in each layer over the updates, in percent; the "
-                "darkest is the lowest layer.",
-                lambda axes, run=run: _layers(axes, run),
-                xlabel="updates",
-                ylabel="alive, %",
-            )
     widths = {run.name: final for run in runs if (final := _final(run))}
     if widths:
         add(
@@ -281,14 +281,16 @@ def draw(runs: Sequence[Run]) -> list[_Plot]:
                     if points:
                         x, y = zip(*points, strict=True)
                         axes.plot(x, y, color=colours[run.name], label=label, **style)
-            # The first epochs would take most of the height. One that diverged has NaN.
+            # The first epochs would take most of the height, and what a training learns by heart.
+            # One that diverged has NaN.
             best = min((y for points in valid for _, y in points if math.isfinite(y)), default=0)
             if best > 0:
-                axes.set_ylim(top=1.6 * best)
+                axes.set_ylim(max(axes.get_ylim()[0], 0.8 * best), 1.4 * best)
 
         add(
             "loss",
-            "Loss over the updates: of the validation (dots), and of the training (faint).",
+            "Loss over the updates: of the validation (dots), and of the training (faint; not all "
+            "of it is in the range shown).",
             losses,
             xlabel="updates",
             ylabel="loss",
@@ -312,8 +314,15 @@ def draw(runs: Sequence[Run]) -> list[_Plot]:
     if quality:
 
         def trade_off(axes: "Axes") -> None:
-            for run, (parameters, value) in quality.items():
-                axes.plot(parameters / 1e6, value, "o", color=colours[run], label=_label(run))
+            for (run, (parameters, value)), marker in zip(
+                quality.items(), itertools.cycle("os^Dv"), strict=False
+            ):
+                options = {"color": colours[run], "label": _label(run), "alpha": 0.7}
+                axes.plot(parameters / 1e6, value, marker, **options)
+            low, high = axes.get_ylim()
+            if (missing := (0.1 if better == "lower" else 2.0) - (high - low)) > 0:
+                # Not all of the height for a difference that is none.
+                axes.set_ylim(low - missing / 2, high + missing / 2)
             if better == "lower":
                 axes.invert_yaxis()
             axes.set_xlim(0, None)
@@ -341,9 +350,27 @@ def draw(runs: Sequence[Run]) -> list[_Plot]:
 
     speeds = {run.name: speed for run in runs if (speed := _speed(run)) is not None}
     add_speeds("speed", "Updates", "updates / s", speeds)
-    speeds = _translation_speed(runs)
-    add_speeds("translation-speed", "Tokens translated", "tokens / s", speeds)
+    split, speeds = _translation_speed(runs)
+    add_speeds("translation-speed", f"Tokens of {split} translated", "tokens / s", speeds)
+    for run in runs:
+        if run.log.layers:
+            add(
+                f"layers-{_file_name(run.name)}",
+                f"{run.name}: what is alive in each layer over the updates, in percent; the "
+                "darkest is the lowest layer.",
+                lambda axes, run=run: _layers(axes, run),
+                title=_label(run.name),
+                xlabel="updates",
+                ylabel="alive, %",
+            )
     return plots
+
+
+def _colour(index: int) -> tuple[float, ...]:
+    """matplotlib's ten colours, and then the light form of each."""
+    from matplotlib import colormaps
+
+    return colormaps["tab20"](index % 10 * 2 + index // 10 % 2)
 
 
 def _label(name: str) -> str:
@@ -353,11 +380,18 @@ def _label(name: str) -> str:
 
 
 def _share_alive(run: Run) -> list[tuple[int, float]]:
+    full = _full_count(run)
+    pruned = dict(run.log.series("train", "neurons_pruned"))
     alive = run.log.series("train", "neurons_alive")
+    return [(u, 100 * n / full) for u, n in alive if u in pruned and full]
+
+
+def _full_count(run: Run) -> float:
+    """Neurons at the start, by the log; 0 where it does not tell."""
     pruned = dict(run.log.series("train", "neurons_pruned"))
     # A compaction on the way makes the total smaller.
-    full = max((n + pruned[u] for u, n in alive if u in pruned), default=0)
-    return [(u, 100 * n / full) for u, n in alive if u in pruned and full]
+    alive = run.log.series("train", "neurons_alive")
+    return max((n + pruned[u] for u, n in alive if u in pruned), default=0)
 
 
 def _layers(axes: "Axes", run: Run) -> None:
@@ -382,7 +416,7 @@ def _layers(axes: "Axes", run: Run) -> None:
             if points:
                 points.append((max(run.log.train, default=points[-1][0]), points[-1][1]))
                 axes.step(*zip(*points, strict=True), where="post", color=colour, label=label)
-    axes.set_ylim(0, 103)
+    axes.set_ylim(*_PERCENT)
 
 
 def _full(run: Run, kind: str, layer: int, counts: Sequence[list[int] | None]) -> int:
@@ -421,7 +455,9 @@ def _bars(axes: "Axes", widths: dict[str, dict[str, int]], colours: dict[str, st
     for index, (run, final) in enumerate(widths.items()):
         at = [i + (index - (len(widths) - 1) / 2) * wide for i in range(len(names))]
         heights = [final.get(n, math.nan) for n in names]
-        axes.bar(at, heights, wide, color=colours[run], label=_label(run))
+        drawn = axes.bar(at, heights, wide, color=colours[run], label=_label(run))
+        zeros = ["0" if height == 0 else "" for height in heights]  # not to be seen else
+        axes.bar_label(drawn, zeros, color=colours[run], fontsize="x-small")
     axes.set_xticks(range(len(names)), names)
 
 
@@ -458,13 +494,13 @@ def _speed(run: Run) -> float | None:
     return median(rates) if rates else None
 
 
-def _translation_speed(runs: Iterable[Run]) -> dict[str, float]:
-    """Tokens per second by run, on the first test set that all have that have any."""
+def _translation_speed(runs: Iterable[Run]) -> tuple[str, dict[str, float]]:
+    """The first test set that all have that have any, and tokens per second on it by run."""
     timed = [run for run in runs if run.tokens_per_second]
     for split in timed[0].tokens_per_second if timed else ():
         if all(split in run.tokens_per_second for run in timed):
-            return {run.name: run.tokens_per_second[split] for run in timed}
-    return {}
+            return split, {run.name: run.tokens_per_second[split] for run in timed}
+    return "", {}
 
 
 def _file_name(text: str) -> str:
@@ -474,45 +510,67 @@ def _file_name(text: str) -> str:
 # --- the page -------------------------------------------------------------------------------------
 
 
-def _table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """What the runs have come to; columns that no run has are left out."""
+def _tables(runs: Sequence[Run]) -> list[tuple[list[str], list[list[str]]]]:
+    """What is left and how good it is, and the way there; columns that no run has are left out."""
     splits = list(dict.fromkeys(split for run in runs for split in run.scores))
-    columns = ["run", "updates", "checkpoint's", "neurons alive", "heads alive", "parameters left"]
-    columns += [f"BLEU ({split})" for split in splits]
-    columns += ["best validation loss", "last", "best validation BLEU", "last BLEU"]
-    columns += ["updates / s", "translated tokens / s"]
-    translated = _translation_speed(runs)
+    left = ["checkpoint of update", "neurons alive", "heads alive", "parameters left"]
+    left += [f"BLEU ({split})" for split in splits]
+    way = [
+        "updates",
+        "validation loss of the checkpoint",
+        "best validation loss (update)",
+        "last validation loss",
+    ]
+    way += ["best validation BLEU (update)", "last validation BLEU"]
+    split, translated = _translation_speed(runs)
+    way += ["updates / s", speed_column := f"tokens / s, translating {split}"]
     rows = []
     for run in runs:
-        losses = [value for _, value in run.log.series("valid", "loss")]
         last = max([*run.log.train, *run.log.valid])
+        asked = _MAX_UPDATE.findall(run.log.notes.get("command", ""))
+        whole = f" of {int(asked[-1]):,}" if asked and int(asked[-1]) > last else ""
         cells = {
             "run": run.name,
-            "updates": f"{last:,}",
+            "updates": f"{last:,}{whole}",
             **{f"BLEU ({split})": f"{score:.1f}" for split, score in run.scores.items()},
         }
         if run.count is not None:
-            if run.count["updates"] not in (None, last):  # what follows is of then
-                cells["checkpoint's"] = f"{run.count['updates']:,}"
+            if (update := run.count["updates"]) is not None:  # what follows is of then
+                cells["checkpoint of update"] = f"{update:,}"
+                for measured, loss in run.log.series("valid", "loss"):
+                    if measured == update:
+                        cells["validation loss of the checkpoint"] = f"{loss:.3f}"
             neurons, heads = run.count["ffn_neurons"], run.count["attention_heads"]
             cells["neurons alive"] = f"{neurons['alive']:,} of {neurons['total']:,}"
             if heads["pruned"]:
                 cells["heads alive"] = f"{heads['alive']:,} of {heads['total']:,}"
             cells["parameters left"] = f"{run.count['parameters']['compact']:,}"
         elif points := run.log.series("train", "neurons_alive"):
-            cells["neurons alive"] = f"{points[-1][1]:,.0f}"
-        if losses:
-            best = min(filter(math.isfinite, losses), default=math.nan)
-            cells |= {"best validation loss": f"{best:.3f}", "last": f"{losses[-1]:.3f}"}
-        if bleu := [value for _, value in run.log.series("valid", "bleu")]:
-            cells |= {"best validation BLEU": f"{max(bleu):.1f}", "last BLEU": f"{bleu[-1]:.1f}"}
+            full = _full_count(run)
+            cells["neurons alive"] = f"{points[-1][1]:,.0f}" + (f" of {full:,.0f}" if full else "")
+        if losses := run.log.series("valid", "loss"):
+            finite = [(loss, update) for update, loss in losses if math.isfinite(loss)]
+            best = "{:.3f} ({:,})".format(*min(finite)) if finite else "nan"
+            cells |= {
+                "best validation loss (update)": best,
+                "last validation loss": f"{losses[-1][1]:.3f}",
+            }
+        if bleu := run.log.series("valid", "bleu"):
+            best, update = max((score, -update) for update, score in bleu)
+            cells["best validation BLEU (update)"] = f"{best:.1f} ({-update:,})"
+            cells["last validation BLEU"] = f"{bleu[-1][1]:.1f}"
         if (speed := _speed(run)) is not None:
             cells["updates / s"] = f"{speed:.3g}"
         if run.name in translated:
-            cells["translated tokens / s"] = f"{translated[run.name]:,.0f}"
+            cells[speed_column] = f"{translated[run.name]:,.0f}"
         rows.append(cells)
-    columns = [column for column in columns if any(column in row for row in rows)]
-    return columns, [[row.get(column, "–") for column in columns] for row in rows]
+    tables = []
+    for columns in (left, way):
+        columns = [column for column in columns if any(column in row for row in rows)]
+        if columns:
+            columns.insert(0, "run")
+            tables.append((columns, [[row.get(c, "–") for c in columns] for row in rows]))
+    return tables
 
 
 def _details(run: Run) -> dict[str, Any]:
@@ -523,6 +581,12 @@ def _details(run: Run) -> dict[str, Any]:
             own = [block for block in blocks if block["kind"] == kind]
             totals = " ".join(str(n) for n in dict.fromkeys(block["total"] for block in own))
             widths.append((kind, [block["alive"] for block in own], totals))
+    elif run.log.layers:
+        widths = [(kind, now, "") for kind, now in run.log.layers[max(run.log.layers)].items()]
+    scores: dict[str, list[str]] = {}
+    for signature in run.signatures:
+        split, _, text = signature.partition(": ")
+        scores.setdefault(text, []).append(split)
     noted = run.log.notes.get("signature")
     return {
         "name": run.name,
@@ -530,7 +594,7 @@ def _details(run: Run) -> dict[str, Any]:
         "deepest": max((len(counts) for _, counts, _ in widths), default=0),
         "signature": run.count["signature"] if run.count is not None else noted,
         "command": run.log.notes.get("command"),
-        "signatures": run.signatures,
+        "scores": [f"{', '.join(splits)}: {text}" for text, splits in scores.items()],
     }
 
 
@@ -563,7 +627,7 @@ def write_report(
     import jinja2  # comes with torch
 
     drawn = draw(runs)
-    columns, rows = _table(runs)
+    tables = _tables(runs)
     source = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(source)
     page = template.render(
@@ -571,8 +635,8 @@ def write_report(
         version=__version__,
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         notes=[note for run in runs for note in run.problems],
-        columns=columns,
-        rows=rows,
+        tables=tables,
+        speeds=any("/ s" in column for columns, _ in tables for column in columns),
         figures=drawn,
         runs=[_details(run) for run in runs],
         made_by=made_by,
@@ -607,5 +671,7 @@ def _images(drawn: Sequence[_Plot], folder: Path, page: Path) -> dict[Path, _Plo
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise ReportError(f"{folder}: cannot make the folder: there is a file") from error
     except OSError as error:
         raise ReportError(f"{folder}: cannot make the folder: {error.strerror}") from error

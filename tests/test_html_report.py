@@ -166,14 +166,17 @@ def test_the_page_has_it_all_and_needs_nothing_else(folder, tmp_path, capsys):
     text = page.read_text()
     rows = re.findall(r"<tr>(.*?)</tr>", text, re.S)
     cells = [re.sub(r"<[^>]+>", " ", row).split() for row in rows]
-    assert cells[1][:6] == ["half", "20", "40", "25", "of", "44"]  # the checkpoint has 40 updates
-    assert "31.2" in cells[1] and "8.250" in cells[1] and "1,563" in cells[1]
+    assert cells[1][:5] == ["half", "40", "25", "of", "44"]  # the checkpoint has 40 updates
+    assert "31.2" in cells[1]
+    assert cells[4][:2] == ["half", "20"] and "8.250" in cells[4] and "1,563" in cells[4]
     assert ["encoder-ffn", "12", "3", "12"] in cells and ["decoder-ffn", "10", "0", "10"] in cells
     assert "fairseq-train DATA --prox l21" in text and "Ours &amp; &lt;theirs&gt;" in text
     # All that a browser would fetch is in the page.
     assert not re.search(r"""(src|href)=["'](?!data:)|url\(|@import|<script""", text)
     figures = text.count("data:image/svg+xml")
     assert figures == len(list(plots.glob("*.png"))) == 8
+    # Spelled out in the last line, for the next time.
+    assert "--title &#39;Ours &amp; &lt;theirs&gt;&#39; --plots" in text
     assert all(plot.read_bytes().startswith(b"\x89PNG") for plot in plots.glob("*.png"))
 
 
@@ -229,9 +232,15 @@ def test_counts_of_an_earlier_checkpoint_are_told_as_such(folder, tmp_path):
     run.count["updates"], same.count["updates"] = 1012, 20  # the log ends at 20
     write_report([run, same], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    assert "checkpoint&#39;s" in page and page.count("1,012") == 1
-    write_report([same], tmp_path / "other.html")
-    assert "checkpoint&#39;s" not in (tmp_path / "other.html").read_text()
+    left, way = re.findall(r"<tr><td>half</td>(.*?)</tr>", page)
+    assert left.startswith("<td>1,012</td><td>25 of 44</td>")
+    assert way.startswith("<td>20</td><td>–</td><td>8.250 (20)</td><td>8.250</td>")
+    left, way = re.findall(r"<tr><td>same</td>(.*?)</tr>", page)
+    assert left.startswith("<td>20</td><td>25 of 44</td>")
+    assert way.startswith("<td>20</td><td>8.250</td><td>8.250 (20)</td><td>8.250</td>")
+    assert (
+        "<th>validation loss of the checkpoint</th><th>best validation loss (update)</th>" in page
+    )
 
 
 def test_shares_are_those_of_the_start_after_a_compaction(tmp_path):
@@ -265,7 +274,7 @@ def test_the_table_has_the_best_loss_and_the_last(folder, tmp_path):
     worse = log.splitlines()[-2].replace('"20"', '"30"').replace("8.25", "8.75")
     (folder / "train.log").write_text(f"{log}{worse}\n")
     assert main(["report", str(folder), "--output", str(tmp_path / "report.html")]) == 0
-    assert "<td>8.250</td><td>8.750</td>" in (tmp_path / "report.html").read_text()
+    assert "<td>8.250 (20)</td><td>8.750</td>" in (tmp_path / "report.html").read_text()
 
 
 def test_bleu_of_the_validation(folder, tmp_path):
@@ -291,7 +300,7 @@ def test_bleu_of_the_validation(folder, tmp_path):
     assert plots["size"].axes[0].get_ylabel() == "last validation BLEU"
     assert not plots["size"].axes[0].yaxis_inverted()
     assert main(["report", str(folder), "--output", str(tmp_path / "report.html")]) == 0
-    assert "<td>21.5</td><td>20.8</td>" in (tmp_path / "report.html").read_text()
+    assert "<td>21.5 (20)</td><td>20.8</td>" in (tmp_path / "report.html").read_text()
 
 
 LINE = JSON.splitlines()[2]
@@ -448,19 +457,57 @@ def test_a_running_training_has_a_report(folder, tmp_path, capsys):
     assert "no checkpoint_last.pt yet" in text and "prox:l21|seed:1" in text
 
 
+def test_a_log_alone_tells_what_it_can(folder, tmp_path):
+    log = folder / "train.log"
+    log.write_text(log.read_text().replace("DATA --prox", "DATA --max-update 4000 --prox"))
+    assert main(["report", f"a={log}", "--output", str(tmp_path / "report.html")]) == 0
+    text = (tmp_path / "report.html").read_text()
+    assert "<tr><td>a</td><td>25 of 44</td></tr>" in text
+    assert "<tr><td>a</td><td>20 of 4,000</td><td>8.250 (20)</td>" in text
+    assert "<tr><td>encoder-ffn</td><td>12</td><td>3</td><td></td></tr>" in text
+
+
+def test_many_runs_have_colours_of_their_own(folder):
+    plots = draw([read_run(folder, f"run {number}") for number in range(12)])
+    (axes,) = plots[0].figure.axes
+    assert len({line.get_color() for line in axes.get_lines()}) == 12
+
+
+def test_scores_that_hardly_differ_do_not_fill_the_height(folder):
+    runs = [read_run(folder, name) for name in "ab"]
+    runs[1].scores = {"test": 31.3}
+    plots = {plot.name: plot.figure for plot in draw(runs)}
+    low, high = plots["size"].axes[0].get_ylim()
+    assert high - low == pytest.approx(2) and low < 31.25 < 31.3 < high
+
+
+def test_layers_without_neurons_are_seen(folder):
+    plots = {plot.name: plot.figure for plot in draw([read_run(folder)])}
+    (axes,) = plots["widths"].axes
+    assert [text.get_text() for text in axes.texts] == ["", "", "", "0"]
+    assert plots["layers-half"].axes[0].get_ylim()[0] < 0, "or the axis hides a line at 0"
+
+
 def test_a_run_of_a_grid(folder, tmp_path):
     score = {"BLEU": {"score": 12.34, "signature": "tok:13a"}}
     score["rare"] = {"score": 10.0, "signature": "tok:13a", "lines": 7}
     told = {"scores": {"valid": score, "flickr": score}}
     told["tokens_per_second"] = {"valid": 7.0, "flickr": 99.0, "coco": None}
+    told["commands"] = ["python -m fairseq_cli.train theirs", "python -m fairseq_cli.generate"]
     (folder / "result.json").write_text(json.dumps(told))
     # The checkpoint that has these scores, not the last one.
     (folder / "checkpoint_last.pt").rename(folder / "checkpoint_selected.pt")
     (folder / "checkpoint_last.pt").write_bytes(b"other")
     assert main(["report", str(folder), "--output", str(tmp_path / "report.html")]) == 0
     text = (tmp_path / "report.html").read_text()
-    assert "BLEU (flickr)" in text and "12.3" in text and "flickr: BLEU tok:13a" in text
+    assert "BLEU (flickr)" in text and "12.3" in text
+    assert '<h3>Scores</h3>\n<p class="sub">flickr, valid: BLEU tok:13a</p>' in text
     assert "25 of 44" in text and "flickr: rare" not in text and "<td>99</td>" in text
+    assert "<th>tokens / s, translating flickr</th>" in text
+    assert "fairseq-train DATA --prox l21" in text and "theirs" not in text
+    log = (folder / "train.log").read_text()
+    (folder / "train.log").write_text("\n".join(log.splitlines()[2:]) + "\n")
+    assert read_run(folder).log.notes == {"command": "python -m fairseq_cli.train theirs"}
     plots = {plot.name: plot.figure for plot in draw([read_run(folder)])}
     assert plots["size"].axes[0].get_ylabel() == "BLEU (flickr)", "the test set"
 
