@@ -36,6 +36,8 @@ from fairseq.data import LanguagePairDataset
 from pipeline import RunError
 
 from fairseq_autosize.checkpoint import CheckpointError, read_checkpoint
+from fairseq_autosize.groups import GroupError
+from fairseq_autosize.report import count_neurons
 
 BATCH = 32  # sentences
 
@@ -91,7 +93,7 @@ def bits(
 
 def measure(checkpoint: Path, data: Path | None, split: str) -> dict[str, Any]:
     """One row of the table; `data` as on the command line."""
-    state = read_checkpoint(checkpoint)
+    updates = count_neurons(read_checkpoint(checkpoint))["updates"]
     beside = checkpoint.parent / "result.json"
     result = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
     if data is None:
@@ -123,7 +125,7 @@ def measure(checkpoint: Path, data: Path | None, split: str) -> dict[str, Any]:
         "data": result.get("data", str(data)),
         "run": result.get("run", checkpoint.name),
         "seed": result.get("seed"),
-        "updates": state["optimizer_history"][-1]["num_updates"],
+        "updates": updates,
         "sentences": len(lengths),
         "subwords": subwords,
         "bits": round(own, 4),
@@ -143,7 +145,7 @@ def table(summary: Mapping[str, Any]) -> str:
             "data": model["data"],
             "run": model["run"],
             "seed": "" if model["seed"] is None else str(model["seed"]),
-            "updates": f"{model['updates']:,}",
+            "updates": "" if model["updates"] is None else f"{model['updates']:,}",
             "bits, own source": f"{model['bits']:.2f}",
             "bits, another's": f"{model['bits_other_source']:.2f}",
             "source use": f"{model['source_use']:.2f}",
@@ -190,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
             "versions": pipeline.versions(),
             "models": models,
         }
-    except (RunError, CheckpointError, OSError) as error:
+    except (RunError, CheckpointError, GroupError, OSError) as error:
         print(f"source_use.py: error: {error}", file=sys.stderr)
         return 2
     if args.output is not None:
