@@ -380,18 +380,16 @@ def _label(name: str) -> str:
 
 
 def _share_alive(run: Run) -> list[tuple[int, float]]:
-    full = _full_count(run)
-    pruned = dict(run.log.series("train", "neurons_pruned"))
-    alive = run.log.series("train", "neurons_alive")
-    return [(u, 100 * n / full) for u, n in alive if u in pruned and full]
+    alive, full = _alive_of(run)
+    return [(u, 100 * n / full) for u, n in alive if full]
 
 
-def _full_count(run: Run) -> float:
-    """Neurons at the start, by the log; 0 where it does not tell."""
+def _alive_of(run: Run) -> tuple[list[tuple[int, float]], float]:
+    """(update, neurons alive), and how many there were at the start; 0 where no log tells."""
     pruned = dict(run.log.series("train", "neurons_pruned"))
+    alive = [(u, n) for u, n in run.log.series("train", "neurons_alive") if u in pruned]
     # A compaction on the way makes the total smaller.
-    alive = run.log.series("train", "neurons_alive")
-    return max((n + pruned[u] for u, n in alive if u in pruned), default=0)
+    return alive, max((n + pruned[u] for u, n in alive), default=0)
 
 
 def _layers(axes: "Axes", run: Run) -> None:
@@ -515,13 +513,8 @@ def _tables(runs: Sequence[Run]) -> list[tuple[list[str], list[list[str]]]]:
     splits = list(dict.fromkeys(split for run in runs for split in run.scores))
     left = ["checkpoint of update", "neurons alive", "heads alive", "parameters left"]
     left += [f"BLEU ({split})" for split in splits]
-    way = [
-        "updates",
-        "validation loss of the checkpoint",
-        "best validation loss (update)",
-        "last validation loss",
-    ]
-    way += ["best validation BLEU (update)", "last validation BLEU"]
+    way = ["updates", "validation loss of the checkpoint", "best validation loss (update)"]
+    way += ["last validation loss", "best validation BLEU (update)", "last validation BLEU"]
     split, translated = _translation_speed(runs)
     way += ["updates / s", speed_column := f"tokens / s, translating {split}"]
     rows = []
@@ -537,16 +530,15 @@ def _tables(runs: Sequence[Run]) -> list[tuple[list[str], list[list[str]]]]:
         if run.count is not None:
             if (update := run.count["updates"]) is not None:  # what follows is of then
                 cells["checkpoint of update"] = f"{update:,}"
-                for measured, loss in run.log.series("valid", "loss"):
-                    if measured == update:
-                        cells["validation loss of the checkpoint"] = f"{loss:.3f}"
+                if (loss := run.log.valid.get(update, {}).get("loss")) is not None:
+                    cells["validation loss of the checkpoint"] = f"{loss:.3f}"
             neurons, heads = run.count["ffn_neurons"], run.count["attention_heads"]
             cells["neurons alive"] = f"{neurons['alive']:,} of {neurons['total']:,}"
             if heads["pruned"]:
                 cells["heads alive"] = f"{heads['alive']:,} of {heads['total']:,}"
             cells["parameters left"] = f"{run.count['parameters']['compact']:,}"
         elif points := run.log.series("train", "neurons_alive"):
-            full = _full_count(run)
+            _, full = _alive_of(run)
             cells["neurons alive"] = f"{points[-1][1]:,.0f}" + (f" of {full:,.0f}" if full else "")
         if losses := run.log.series("valid", "loss"):
             finite = [(loss, update) for update, loss in losses if math.isfinite(loss)]

@@ -16,8 +16,8 @@ also NAME-layers.png, what is left in each layer, NAME-size.png, size against BL
 NAME-bleu.png, BLEU and loss of the validations over the updates (`select: bleu`); gains.png, what
 is gained against the number of pairs, rates.png, BLEU at two learning rates, sizes.png, BLEU
 against size, source-use.png, BLEU against what the source tells the models, and widths.png (in
-README.md), what is left of each layer. --check writes nothing and
-fails if a table on a page is not up to date.
+README.md), what is left of each layer. --check writes nothing and fails if a table on a page is not
+up to date.
 """
 
 import argparse

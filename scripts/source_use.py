@@ -23,7 +23,7 @@ import shlex
 import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +42,18 @@ from fairseq_autosize.report import count_neurons
 BATCH = 32  # sentences
 
 
-def exchanged(lengths: Sequence[int], sources: Sequence[Sequence[int]]) -> list[int]:
-    """For each sentence another one, whose source it gets: the next longer target.
+def exchanged(order: Sequence[int], sources: Sequence[Sequence[int]]) -> list[int]:
+    """For each sentence another one, whose source it gets: the next one in an order.
 
-    Sentences with the same source are passed over; the longest ones begin again at the shortest.
+    Sentences with the same source are passed over; the last ones begin again at the first.
 
     Args:
-        lengths: of the targets.
+        order: of the sentences, by the length of their targets.
         sources: their tokens.
 
     Raises:
         RunError: all sources are the same.
     """
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     own = [tuple(sources[i]) for i in order]
     if len(set(own)) < 2:
         raise RunError(f"all {len(own)} source sentences are the same; there is none to exchange")
@@ -69,7 +68,7 @@ def exchanged(lengths: Sequence[int], sources: Sequence[Sequence[int]]) -> list[
 
 @torch.no_grad()
 def bits(
-    model: torch.nn.Module, dataset: LanguagePairDataset, order: Iterable[int], source: list[int]
+    model: torch.nn.Module, dataset: LanguagePairDataset, order: list[int], source: Sequence[int]
 ) -> tuple[float, int]:
     """The loss in bits a subword, ends of sentences included, and the number of subwords.
 
@@ -78,9 +77,8 @@ def bits(
         source: for each sentence the one whose source it gets.
     """
     total, subwords = 0.0, 0
-    pending = list(order)
-    while pending:
-        batch, pending = pending[:BATCH], pending[BATCH:]
+    for first in range(0, len(order), BATCH):
+        batch = order[first : first + BATCH]
         items = [{**dataset[i], "source": dataset[source[i]]["source"]} for i in batch]
         sample = dataset.collater(items)
         logs = model.get_normalized_probs(model(**sample["net_input"]), log_probs=True)
@@ -95,7 +93,10 @@ def measure(checkpoint: Path, data: Path | None, split: str) -> dict[str, Any]:
     """One row of the table; `data` as on the command line."""
     updates = count_neurons(read_checkpoint(checkpoint))["updates"]
     beside = checkpoint.parent / "result.json"
-    result = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    try:
+        result = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    except ValueError as error:
+        raise RunError(f"{beside}: cannot read: {error}") from error
     if data is None:
         if "path" not in result:
             raise RunError(f"{checkpoint}: not in a run's folder of grid.py; give --data")
@@ -115,10 +116,10 @@ def measure(checkpoint: Path, data: Path | None, split: str) -> dict[str, Any]:
     if not isinstance(dataset, LanguagePairDataset):
         raise RunError(f"{checkpoint}: task {type(task).__name__} does not translate one pair")
     model.eval()
-    lengths = [len(dataset[i]["target"]) for i in range(len(dataset))]
-    other = exchanged(lengths, [dataset[i]["source"].tolist() for i in range(len(dataset))])
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    own, subwords = bits(model, dataset, order, list(range(len(lengths))))
+    sentences = range(len(dataset))
+    order = sorted(sentences, key=lambda i: len(dataset[i]["target"]))
+    other = exchanged(order, [dataset[i]["source"].tolist() for i in sentences])
+    own, subwords = bits(model, dataset, order, sentences)
     wrong, _ = bits(model, dataset, order, other)
     row: dict[str, Any] = {
         "checkpoint": str(checkpoint),
@@ -126,7 +127,7 @@ def measure(checkpoint: Path, data: Path | None, split: str) -> dict[str, Any]:
         "run": result.get("run", checkpoint.name),
         "seed": result.get("seed"),
         "updates": updates,
-        "sentences": len(lengths),
+        "sentences": len(sentences),
         "subwords": subwords,
         "bits": round(own, 4),
         "bits_other_source": round(wrong, 4),
@@ -167,12 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     add("checkpoints", metavar="CHECKPOINT", type=Path, nargs="+", help="translation models")
     add("--data", metavar="DIR", type=Path, help="the models' data; see above")
     add("--split", metavar="NAME", default="valid", help="which part of it (default: valid)")
-    add(
-        "--output",
-        metavar="FILE",
-        type=Path,
-        help="JSON file to write; must not exist",
-    )
+    add("--output", metavar="FILE", type=Path, help="JSON file to write; must not exist")
     args = parser.parse_args(argv)
     if args.output is not None:
         check_output(parser, args.output)

@@ -37,13 +37,12 @@ def model(tmp_path_factory, corpus, run):
 
 
 def test_each_sentence_gets_another_source_of_the_next_longer_one(source_use):
-    #         order by length: 1 3 0 4 2
-    lengths = [5, 2, 9, 3, 5]
-    assert source_use.exchanged(lengths, [[0], [1], [2], [3], [4]]) == [4, 3, 1, 0, 2]
+    order = [1, 3, 0, 4, 2]
+    assert source_use.exchanged(order, [[0], [1], [2], [3], [4]]) == [4, 3, 1, 0, 2]
     # 3 and 0 are the same source, and so are 2 and 1, the last and the first.
-    assert source_use.exchanged(lengths, [[7], [8], [8], [7], [4]]) == [4, 3, 3, 4, 2]
+    assert source_use.exchanged(order, [[7], [8], [8], [7], [4]]) == [4, 3, 3, 4, 2]
     with pytest.raises(source_use.RunError, match="all 2 source sentences are the same"):
-        source_use.exchanged([1, 2], [[7], [7]])
+        source_use.exchanged([0, 1], [[7], [7]])
 
 
 @pytest.mark.heavy
@@ -92,6 +91,7 @@ def test_bits_are_fairseqs_own(model, corpus, run, tmp_path):
         ),
         (["model.pt", "--data", "empty"], "empty: no folder with binarised"),
         (["model.pt", "--data", "DATA", "--split", "dev"], "Dataset not found: dev ("),
+        (["run/model.pt"], "run/result.json: cannot read: Expecting value: line 1"),
         (["gone.pt", "--data", "DATA"], "gone.pt: cannot read"),
         (["cut.pt", "--data", "DATA"], "cut.pt: "),
         (["model.pt", "--data", "DATA", "--output", "no/use.json"], "the folder no does not exist"),
@@ -101,6 +101,9 @@ def test_what_is_wrong_is_told_in_a_line(arguments, message, model, corpus, tmp_
     shutil.copy(model, tmp_path / "model.pt")
     (tmp_path / "cut.pt").write_bytes(model.read_bytes()[:5000])
     (tmp_path / "empty").mkdir()
+    (tmp_path / "run").mkdir()
+    shutil.copy(model, tmp_path / "run" / "model.pt")
+    (tmp_path / "run" / "result.json").write_text('{"scores": ')
     words = [str(corpus) if word == "DATA" else word for word in arguments]
     failed = call(*words, cwd=tmp_path)
     assert failed.returncode == 2
