@@ -170,7 +170,10 @@ def test_the_page_has_it_all_and_needs_nothing_else(folder, tmp_path, capsys):
     assert "31.2" in cells[1]
     assert cells[4][:2] == ["half", "20"] and "8.250" in cells[4] and "1,563" in cells[4]
     assert ["encoder-ffn", "12", "3", "12"] in cells and ["decoder-ffn", "10", "0", "10"] in cells
-    assert "fairseq-train DATA --prox l21" in text and "Ours &amp; &lt;theirs&gt;" in text
+    (command, _) = re.findall(r"<h3>Command</h3>\n<pre>(.*?)</pre>", text)
+    words = ["fairseq-train", "DATA", "--prox", "l21"]
+    assert command == "".join(f"<span>{word}</span> " for word in words)
+    assert "Ours &amp; &lt;theirs&gt;" in text
     # All that a browser would fetch is in the page.
     assert not re.search(r"""(src|href)=["'](?!data:)|url\(|@import|<script""", text)
     figures = text.count("data:image/svg+xml")
@@ -504,7 +507,7 @@ def test_a_run_of_a_grid(folder, tmp_path):
     assert '<h3>Scores</h3>\n<p class="sub">flickr, valid: BLEU tok:13a</p>' in text
     assert "25 of 44" in text and "flickr: rare" not in text and "<td>99</td>" in text
     assert "<th>tokens / s, translating flickr</th>" in text
-    assert "fairseq-train DATA --prox l21" in text and "theirs" not in text
+    assert "<span>fairseq-train</span> " in text and "theirs" not in text
     log = (folder / "train.log").read_text()
     (folder / "train.log").write_text("\n".join(log.splitlines()[2:]) + "\n")
     assert read_run(folder).log.notes == {"command": "python -m fairseq_cli.train theirs"}
@@ -625,6 +628,7 @@ def test_a_real_training_tells_its_layers(corpus, run, tmp_path):
     assert sum(map(sum, log.layers[max(log.layers)].values())) == 48
     assert max(log.train) == 40 and log.series("valid", "loss")
     assert "--prox l21 --prox-target-sparsity 0.5" in log.notes["command"]
+    assert log.notes["command"].startswith(f"python -m fairseq_cli.train {corpus} ")
     assert main(["report", str(tmp_path), "--output", str(tmp_path / "report.html")]) == 0
     assert "48 of 96" in (tmp_path / "report.html").read_text()
 
@@ -653,5 +657,6 @@ def test_a_real_training_of_hydra_train_is_read(form, corpus, run, tmp_path):
     assert sorted(log.train) == list(range(2, 21, 2)) and max(log.valid) == 20
     assert log.series("train", "neurons_alive")[-1] == (20, 48)
     assert sum(map(sum, log.layers[max(log.layers)].values())) == 48
+    assert log.notes["command"].startswith("python -m fairseq_cli.hydra_train ")
     assert "--config-name mine" in log.notes["command"] and "l21" in log.notes["signature"]
     assert read_run(tmp_path).count["ffn_neurons"]["alive"] == 48  # of checkpoints/

@@ -2,13 +2,13 @@
 
 import itertools
 import logging
-import os
 import shlex
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -676,7 +676,7 @@ class AutosizeMixin(FairseqTask):
                 self._warmup,
             )
         logger.info("signature: %s", self._signature())
-        logger.info("command: %s", shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]))
+        logger.info("command: %s", _command(sys.argv))
 
     def _wanted(self, goals: Sequence[Goal]) -> str:
         """What is to be gone at the freeze."""
@@ -840,6 +840,14 @@ def _unwrap(model: nn.Module) -> nn.Module:
     while isinstance(inner := getattr(model, "module", None), nn.Module):
         model = inner
     return model
+
+
+def _command(argv: Sequence[str]) -> str:
+    """The command of this process, as one can type it."""
+    file = Path(argv[0])
+    as_module = file.parent.name == "fairseq_cli"  # python -m, for which argv has the file
+    program = f"python -m fairseq_cli.{file.stem}" if as_module else file.name
+    return " ".join([program, shlex.join(argv[1:])])
 
 
 class LegacyAutosizeMixin(AutosizeMixin):
