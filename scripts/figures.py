@@ -185,31 +185,38 @@ def widths(result: Result, uniform: int, title: str, path: Path) -> None:
     pyplot.close(axes.figure)
 
 
-def by_rate(
+def by_schedule(
     scores: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]], title: str, path: Path
 ) -> None:
-    """BLEU of several models at several learning rates, a bar a model; seeds are points.
+    """BLEU of several models by the learning rate's schedule, a bar a model; seeds are points.
 
     Args:
-        scores: data -> learning rate -> run -> BLEU, one a seed.
+        scores: data -> schedule -> run -> BLEU, one a seed; a run may lack some schedules.
     """
+    rows = (len(scores) + 1) // 2
     figure, panels = pyplot.subplots(
-        1, len(scores), figsize=(6.4, 3.2), sharey=True, layout="constrained"
+        rows, 2, figsize=(6.4, 2.6 * rows), sharey=True, layout="constrained", squeeze=False
     )
-    for axes, (data, rates) in zip(panels, scores.items(), strict=True):
-        runs = list(dict.fromkeys(run for by_run in rates.values() for run in by_run))
+    runs = list(
+        dict.fromkeys(run for found in scores.values() for by in found.values() for run in by)
+    )
+    for axes, (data, schedules) in zip(panels.flat, scores.items(), strict=False):
         for number, run in enumerate(runs):
-            at = [place + 0.27 * (number - (len(runs) - 1) / 2) for place in range(len(rates))]
-            middle = [mean(by_run[run]) for by_run in rates.values()]
-            axes.bar(at, middle, width=0.25, label=run, alpha=0.6)
-            singles = [
-                (x, s) for x, found in zip(at, rates.values(), strict=True) for s in found[run]
-            ]
-            axes.plot(*zip(*singles, strict=True), "k.", markersize=5)
-        axes.set(title=data, xlabel="peak of the learning rate")
-        axes.set_xticks(range(len(rates)), list(rates))
+            bars = {
+                place + 0.27 * (number - (len(runs) - 1) / 2): found[run]
+                for place, found in enumerate(schedules.values())
+                if run in found
+            }
+            axes.bar(list(bars), list(map(mean, bars.values())), width=0.25, label=run, alpha=0.6)
+            singles = [(x, score) for x, found in bars.items() for score in found]
+            axes.plot([x for x, _ in singles], [y for _, y in singles], "k.", markersize=5)
+        axes.set_title(data, fontsize="medium")
+        axes.set_xticks(range(len(schedules)), list(schedules), fontsize="small")
         axes.grid(alpha=0.3, axis="y")
-    panels[0].set_ylabel("BLEU (test)")
+    for axes in panels.flat[len(scores) :]:
+        axes.remove()
+    for axes in panels[:, 0]:
+        axes.set_ylabel("BLEU (test)")
     save_panels(path, figure, title)
 
 

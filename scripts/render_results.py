@@ -9,13 +9,13 @@ what stands in a page between `<!-- table NAME -->` (for a grid `<!-- grid NAME 
 `<!-- end -->`; NAME is the file's name without `.json`. `<!-- targets NAME NAME ... -->` puts one
 table of requested and reached sparsities there, `<!-- seeds NAME NAME ... -->` the means of runs
 with several seeds, `<!-- gains NAME NAME ... -->` what several grids gain over the dense model, and
-`<!-- rates NAME ... -->` what their runs have at several learning rates.
+`<!-- schedules NAME ... -->` what their runs have with several learning rates or warm-ups.
 
 Those figures are drawn that a page shows: NAME.png, the neurons alive over the updates; for a grid
 also NAME-layers.png, what is left in each layer, NAME-size.png, size against BLEU, and
 NAME-bleu.png, BLEU and loss of the validations over the updates (`select: bleu`); gains.png, what
-is gained against the number of pairs, rates.png, BLEU at two learning rates, sizes.png, BLEU
-against size, source-use.png, BLEU against what the source tells the models, and widths.png (in
+is gained against the number of pairs, schedules.png, BLEU by learning rate and warm-up, sizes.png,
+BLEU against size, source-use.png, BLEU against what the source tells the models, and widths.png (in
 README.md), what is left of each layer. --check writes nothing and fails if a table on a page is not
 up to date.
 """
@@ -196,45 +196,49 @@ def gains(paths: list[Path]) -> str:
     return benchmark_operators.table(rows)
 
 
-def rates(paths: list[Path]) -> str:
-    """A run's losses and scores by the learning rate, where a grid has data sets `X` and `X-lr-R`.
+def schedules(paths: list[Path]) -> str:
+    """A run's losses and scores by the learning rate and warm-up, a row each.
 
-    Over the seeds that all of a row's rates have.
+    Of grids that have data sets `X` and `X-lr-R` or `X-warmup-N`; over the seeds that all of a
+    run's schedules have.
     """
     rows = []
-    every = by_rate(result for path in paths for result in results_of(path))
+    every = by_schedule(result for path in paths for result in results_of(path))
     for (data, run), found in sorted(every.items()):
-        if not (common := common_seeds(found)):
-            continue
-        row = {"data": data, "run": run, "seeds": " ".join(map(str, common))}
-        for rate, by_seed in found.items():
-            chosen = [by_seed[seed] for seed in common]
-            name = f"{rate:g}"
-            row[f"loss, {name}"] = grid_results.values([r["valid_loss"] for r in chosen], 3)
+        common = common_seeds(found)
+        for (rate, warmup), by_seed in found.items():
+            if not (chosen := [by_seed[seed] for seed in common]):
+                continue
+            row = {"data": data, "run": run, "seeds": " ".join(map(str, common))}
+            row |= {"peak rate": f"{rate:g}", "warm-up": f"{warmup:,}"}
+            row["loss"] = grid_results.values([r["valid_loss"] for r in chosen], 3)
             for split in chosen[0]["scores"]:
                 bleu = [r["scores"][split]["BLEU"]["score"] for r in chosen]
-                row[f"BLEU {split}, {name}"] = grid_results.values(bleu, 1)
+                row[f"BLEU {split}"] = grid_results.values(bleu, 1)
             chrf = [r["scores"]["test"]["chrF2"]["score"] for r in chosen]
-            row[f"chrF, {name}"] = grid_results.values(chrf, 1)
-        rows.append(row)
+            row["chrF"] = grid_results.values(chrf, 1)
+            rows.append(row)
     return benchmark_operators.table(rows)
 
 
-def by_rate(
+def by_schedule(
     results: Iterable[Mapping[str, Any]],
-) -> dict[tuple[str, str], dict[float, dict[int, Mapping[str, Any]]]]:
-    """(data, run) -> learning rate -> seed -> result, of what has several rates, lowest first."""
-    found: dict[tuple[str, str], dict[float, dict[int, Mapping[str, Any]]]] = {}
-    for result in sorted(results, key=lambda result: float(result["train"]["lr"])):
-        key = result["data"].partition("-lr-")[0], result["run"]
-        rate = found.setdefault(key, {}).setdefault(float(result["train"]["lr"]), {})
-        rate[result["seed"]] = result
-    return {key: rates for key, rates in found.items() if len(rates) > 1}
+) -> dict[tuple[str, str], dict[tuple[float, int], dict[int, Mapping[str, Any]]]]:
+    """(data, run) -> (learning rate, warm-up) -> seed -> result, of what has several, in order."""
+
+    def schedule(result: Mapping[str, Any]) -> tuple[float, int]:
+        return float(result["train"]["lr"]), int(result["train"]["warmup-updates"])
+
+    found: dict[tuple[str, str], dict[tuple[float, int], dict[int, Mapping[str, Any]]]] = {}
+    for result in sorted(results, key=schedule):
+        key = re.split("-lr-|-warmup-", result["data"])[0], result["run"]
+        found.setdefault(key, {}).setdefault(schedule(result), {})[result["seed"]] = result
+    return {key: schedules for key, schedules in found.items() if len(schedules) > 1}
 
 
-def common_seeds(rates: Mapping[float, Mapping[int, Any]]) -> list[int]:
-    """The seeds that all learning rates have."""
-    return sorted(set.intersection(*map(set, rates.values())))
+def common_seeds(schedules: Mapping[Any, Mapping[int, Any]]) -> list[int]:
+    """The seeds that all schedules have."""
+    return sorted(set.intersection(*map(set, schedules.values())))
 
 
 def results_of(path: Path) -> list[dict[str, Any]]:
@@ -257,7 +261,8 @@ def grid_scores(
 
 def page(text: str) -> str:
     """The page with every table replaced; a marker without a file of results is an error."""
-    several = {"targets": targets, "seeds": seeds, "grid": grid, "gains": gains, "rates": rates}
+    several = {"targets": targets, "seeds": seeds, "grid": grid, "gains": gains}
+    several["schedules"] = schedules
 
     def replace(match: re.Match) -> str:
         kind, names = match[1], match[2].split()
@@ -367,22 +372,22 @@ def draw_grid(summary: Mapping[str, Any], path: Path, shown: Container[str]) -> 
         figures.bleu_over_updates(rates, TITLES.get(names[0], names[0]), bleu)
 
 
-def draw_rates(name: str, path: Path) -> None:
-    """BLEU at two learning rates, of a grid that has data sets `X` and `X-lr-R`; common seeds."""
+def draw_schedules(name: str, path: Path) -> None:
+    """BLEU by the learning rate and warm-up, of a grid as `schedules` has it; common seeds."""
     import figures
 
     scores: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for (data, run), found in by_rate(results_of(DOCS / "results" / f"{name}.json")).items():
+    for (data, run), found in by_schedule(results_of(DOCS / "results" / f"{name}.json")).items():
         if run in ("dense", "narrow", WAYS[-1]):
-            for (rate, seeds), seed in itertools.product(found.items(), common_seeds(found)):
-                title = TITLES.get(data, data).partition(",")[0]
-                by_run = scores.setdefault(title, {}).setdefault(f"{rate:g}", {})
-                score = seeds[seed]["scores"]["test"]["BLEU"]["score"]
-                by_run.setdefault(run, []).append(score)
-    compared = {
-        title: rates for title, rates in scores.items() if all(len(x) > 1 for x in rates.values())
-    }
-    figures.by_rate(compared, "1,024 neurons a layer (dense), or 384", path)
+            title = TITLES.get(data, data).partition(",")[0]
+            for (rate, warmup), seeds in found.items():
+                schedule = f"{rate:g},\n{warmup:,}"
+                by_run = scores.setdefault(title, {}).setdefault(schedule, {})
+                by_run[run] = [
+                    seeds[seed]["scores"]["test"]["BLEU"]["score"] for seed in common_seeds(found)
+                ]
+    title = "By peak of the learning rate and updates of warm-up"
+    figures.by_schedule(scores, title, path)
 
 
 def draw_sizes(path: Path) -> None:
@@ -501,7 +506,7 @@ def main() -> int:
             draw(DOCS / "results" / f"{name}.json", shown)
         draw_gallery("multi30k-de-en")
         draw_gains(DOCS / "results" / "gains.png")
-        draw_rates("mafand-wide", DOCS / "results" / "rates.png")
+        draw_schedules("mafand-wide", DOCS / "results" / "schedules.png")
         draw_sizes(DOCS / "results" / "sizes.png")
         draw_source_use("source-use", "hau-en", DOCS / "results" / "source-use.png")
         title = "62.5 % of the feed-forward neurons gone, German-English"

@@ -48,30 +48,35 @@ def test_gains_are_of_the_seeds_that_both_have(tmp_path, monkeypatch):
     assert gains([tmp_path / "grid.json"]).splitlines()[2:] == [row]
 
 
-def test_rates_compare_the_seeds_that_all_have(tmp_path, monkeypatch):
+def test_schedules_compare_the_seeds_that_all_have(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     runs = [
-        ("x", "dense", 0.003, 1, 10),
-        ("x", "dense", 0.003, 2, 20),
-        ("x", "narrow", 0.003, 1, 5),
+        ("x", "dense", 0.003, 500, 1, 10),
+        ("x", "dense", 0.003, 500, 2, 20),
+        ("x-warmup-1500", "dense", 0.003, 1500, 2, 40),
+        ("x", "narrow", 0.003, 500, 1, 5),
     ]
-    runs += [("x-lr-1e-3", "dense", "1e-3", seed, 30 + seed) for seed in (2, 3)]
+    runs += [("x-lr-1e-3", "dense", "1e-3", 500, seed, 30 + seed) for seed in (2, 3)]
     results = [
         {
             "data": data,
             "run": run,
             "seed": seed,
-            "train": {"lr": rate},
+            "train": {"lr": rate, "warmup-updates": warmup},
             "valid_loss": score / 2,
             "scores": {"test": {"BLEU": {"score": score}, "chrF2": {"score": score + 1}}},
         }
-        for data, run, rate, seed, score in runs
+        for data, run, rate, warmup, seed, score in runs
     ]
     (tmp_path / "grid.json").write_text(json.dumps({"results": results}))
-    rates = importlib.import_module("render_results").rates
-    head, _, row = rates([tmp_path / "grid.json"]).splitlines()
-    assert head.startswith("| data | run | seeds | loss, 0.001 | BLEU test, 0.001 | chrF, 0.001 |")
-    assert row == "| x | dense | 2 | 16.000 | 32.0 | 33.0 | 10.000 | 20.0 | 21.0 |"
+    schedules = importlib.import_module("render_results").schedules
+    assert schedules([tmp_path / "grid.json"]).splitlines() == [
+        "| data | run | seeds | peak rate | warm-up | loss | BLEU test | chrF |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| x | dense | 2 | 0.001 | 500 | 16.000 | 32.0 | 33.0 |",
+        "| x | dense | 2 | 0.003 | 500 | 10.000 | 20.0 | 21.0 |",
+        "| x | dense | 2 | 0.003 | 1,500 | 20.000 | 40.0 | 41.0 |",
+    ]
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
