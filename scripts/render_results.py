@@ -261,8 +261,13 @@ def grid_scores(
 
 def page(text: str) -> str:
     """The page with every table replaced; a marker without a file of results is an error."""
-    several = {"targets": targets, "seeds": seeds, "grid": grid, "gains": gains}
-    several["schedules"] = schedules
+    several = {
+        "targets": targets,
+        "seeds": seeds,
+        "grid": grid,
+        "gains": gains,
+        "schedules": schedules,
+    }
 
     def replace(match: re.Match) -> str:
         kind, names = match[1], match[2].split()
