@@ -205,11 +205,8 @@ def schedules(paths: list[Path]) -> str:
     rows = []
     every = by_schedule(result for path in paths for result in results_of(path))
     for (data, run), found in sorted(every.items()):
-        common = common_seeds(found)
-        for (rate, warmup), by_seed in found.items():
-            if not (chosen := [by_seed[seed] for seed in common]):
-                continue
-            row = {"data": data, "run": run, "seeds": " ".join(map(str, common))}
+        for (rate, warmup), chosen in found.items():
+            row = {"data": data, "run": run, "seeds": " ".join(str(r["seed"]) for r in chosen)}
             row |= {"peak rate": f"{rate:g}", "warm-up": f"{warmup:,}"}
             row["loss"] = grid_results.values([r["valid_loss"] for r in chosen], 3)
             for split in chosen[0]["scores"]:
@@ -223,8 +220,11 @@ def schedules(paths: list[Path]) -> str:
 
 def by_schedule(
     results: Iterable[Mapping[str, Any]],
-) -> dict[tuple[str, str], dict[tuple[float, int], dict[int, Mapping[str, Any]]]]:
-    """(data, run) -> (learning rate, warm-up) -> seed -> result, of what has several, in order."""
+) -> dict[tuple[str, str], dict[tuple[float, int], list[Mapping[str, Any]]]]:
+    """(data, run) -> (learning rate, warm-up) -> results, of what has several, in order.
+
+    Only of the seeds that all schedules of a run have.
+    """
 
     def schedule(result: Mapping[str, Any]) -> tuple[float, int]:
         return float(result["train"]["lr"]), int(result["train"]["warmup-updates"])
@@ -233,12 +233,12 @@ def by_schedule(
     for result in sorted(results, key=schedule):
         key = re.split("-lr-|-warmup-", result["data"])[0], result["run"]
         found.setdefault(key, {}).setdefault(schedule(result), {})[result["seed"]] = result
-    return {key: schedules for key, schedules in found.items() if len(schedules) > 1}
-
-
-def common_seeds(schedules: Mapping[Any, Mapping[int, Any]]) -> list[int]:
-    """The seeds that all schedules have."""
-    return sorted(set.intersection(*map(set, schedules.values())))
+    compared = {}
+    for key, by_seed in found.items():
+        common = sorted(set.intersection(*map(set, by_seed.values())))
+        if len(by_seed) > 1 and common:
+            compared[key] = {which: [rs[seed] for seed in common] for which, rs in by_seed.items()}
+    return compared
 
 
 def results_of(path: Path) -> list[dict[str, Any]]:
@@ -384,13 +384,10 @@ def draw_schedules(name: str, path: Path) -> None:
     scores: dict[str, dict[str, dict[str, list[float]]]] = {}
     for (data, run), found in by_schedule(results_of(DOCS / "results" / f"{name}.json")).items():
         if run in ("dense", "narrow", WAYS[-1]):
-            title = TITLES.get(data, data).partition(",")[0]
-            for (rate, warmup), seeds in found.items():
-                schedule = f"{rate:g},\n{warmup:,}"
-                by_run = scores.setdefault(title, {}).setdefault(schedule, {})
-                by_run[run] = [
-                    seeds[seed]["scores"]["test"]["BLEU"]["score"] for seed in common_seeds(found)
-                ]
+            pair = TITLES.get(data, data).partition(",")[0]
+            for (rate, warmup), chosen in found.items():
+                by_run = scores.setdefault(pair, {}).setdefault(f"{rate:g},\n{warmup:,}", {})
+                by_run[run] = [r["scores"]["test"]["BLEU"]["score"] for r in chosen]
     title = "By peak of the learning rate and updates of warm-up"
     figures.by_schedule(scores, title, path)
 

@@ -845,9 +845,10 @@ def _unwrap(model: nn.Module) -> nn.Module:
 def _command(argv: Sequence[str]) -> str:
     """The command of this process, as one can type it."""
     file = Path(argv[0])
-    as_module = file.parent.name == "fairseq_cli"  # python -m, for which argv has the file
-    program = f"python -m fairseq_cli.{file.stem}" if as_module else file.name
-    return " ".join([program, shlex.join(argv[1:])])
+    program = [file.name]
+    if file.parent.name == "fairseq_cli":  # python -m, for which argv has the file
+        program = ["python", "-m", f"fairseq_cli.{file.stem}"]
+    return shlex.join([*program, *argv[1:]])
 
 
 class LegacyAutosizeMixin(AutosizeMixin):
