@@ -222,8 +222,7 @@ def by_schedule(
 
 def by_size(
     scores: Mapping[str, Mapping[str, Sequence[tuple[float, Sequence[float]]]]],
-    levels: Mapping[str, float],
-    level: str,
+    levels: Mapping[str, Mapping[str, float]],
     title: str,
     path: Path,
 ) -> None:
@@ -231,8 +230,7 @@ def by_size(
 
     Args:
         scores: data -> line -> (parameters in millions, BLEU, one a seed).
-        levels: data -> BLEU of another model, a horizontal line.
-        level: What that is.
+        levels: another model -> data -> its BLEU, a horizontal line; it may lack some data.
     """
     figure, panels = pyplot.subplots(1, len(scores), figsize=(6.4, 3.2), layout="constrained")
     for axes, (data, lines) in zip(panels, scores.items(), strict=True):
@@ -241,8 +239,9 @@ def by_size(
             axes.plot(*zip(*points, strict=True), f"{marker}-", label=line, alpha=0.8)
             singles = [(size, score) for size, each in found for score in each]
             axes.plot(*zip(*singles, strict=True), ".", color=axes.lines[-1].get_color(), alpha=0.5)
-        if data in levels:
-            axes.axhline(levels[data], color="0.4", linestyle=":", label=level)
+        for style, (level, by_data) in zip((":", "--"), levels.items(), strict=False):
+            if data in by_data:
+                axes.axhline(by_data[data], color="0.4", linestyle=style, label=level)
         axes.set_title(data, fontsize="medium")
         axes.set_xlabel("parameters, millions")
         axes.grid(alpha=0.3)

@@ -393,15 +393,16 @@ def draw_schedules(name: str, path: Path) -> None:
 
 
 def draw_sizes(path: Path) -> None:
-    """BLEU against size, of uniform models and auto-sized ones; dense ones at a lower rate."""
+    """BLEU against size, of uniform models and auto-sized ones; dense ones of gentler schedules."""
     import figures
 
     lines = {
         "uniform, from the start": ("no-ffn", TENTH[0], WAYS[0], "dense"),
         "auto-sized": (TENTH[1], WAYS[-1]),
     }
+    gentler = {"dense, peak rate 1e-3": "-lr-1e-3", "dense, warm-up of 1,500": "-warmup-1500"}
     scores: dict[str, dict[str, list[tuple[float, list[float]]]]] = {}
-    lower = {}
+    levels: dict[str, dict[str, float]] = {}
     for name, data in LOW_RESOURCE:
         title = TITLES[data]
         found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
@@ -412,9 +413,11 @@ def draw_sizes(path: Path) -> None:
                 millions = mean(r["neurons"]["parameters"]["compact"] for r in results) / 1e6
                 bleu = [r["scores"]["test"]["BLEU"]["score"] for r in results]
                 scores.setdefault(title, {}).setdefault(line, []).append((millions, bleu))
-        dense = found[f"{data}-lr-1e-3", "dense"]
-        lower[title] = mean(r["scores"]["test"]["BLEU"]["score"] for r in dense)
-    figures.by_size(scores, lower, "dense, peak rate 1e-3", "Peak of the learning rate: 3e-3", path)
+        for level, suffix in gentler.items():
+            if dense := found.get((data + suffix, "dense")):
+                score = mean(r["scores"]["test"]["BLEU"]["score"] for r in dense)
+                levels.setdefault(level, {})[title] = score
+    figures.by_size(scores, levels, "Peak rate 3e-3, warm-up of 500 updates", path)
 
 
 def draw_widths(name: str, data: str, title: str, path: Path) -> None:
