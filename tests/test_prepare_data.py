@@ -424,9 +424,12 @@ def test_vocabulary_of_characters_alone(folder, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("package", ["sentencepiece", "subword-nmt"])
-def test_a_missing_segmenter(folder, tmp_path, capsys, monkeypatch, package):
-    monkeypatch.setitem(sys.modules, package.replace("-", "_"), None)  # cannot be imported
+@pytest.mark.parametrize(
+    ("package", "module"),
+    [("sentencepiece", "sentencepiece"), ("subword-nmt", "subword_nmt.apply_bpe")],
+)
+def test_a_missing_segmenter(folder, tmp_path, capsys, monkeypatch, package, module):
+    monkeypatch.setitem(sys.modules, module, None)  # cannot be imported
     error = fail(capsys, *own(folder, tmp_path / "new", "--bpe", package))
     assert error.endswith(f"; install it: pip install {package}\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text"]  # no scratch left
