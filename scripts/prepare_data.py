@@ -488,15 +488,14 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; 0, or 2 after a message on standard error."""
     try:
         prepare(parse_args(sys.argv[1:] if argv is None else argv))
+        return 0
     except (DataError, OSError) as error:
-        print(f"prepare_data.py: error: {error}", file=sys.stderr)
-        return 2
+        fault = str(error)
     except ModuleNotFoundError as error:  # the two segmenters are imported where they are used
         package = str(error.name).partition(".")[0].replace("_", "-")
-        advice = f"install it: pip install {package}"
-        print(f"prepare_data.py: error: {error}; {advice}", file=sys.stderr)
-        return 2
-    return 0
+        fault = f"{error}; install it: pip install {package}"
+    print(f"prepare_data.py: error: {fault}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
