@@ -405,18 +405,20 @@ def draw_sizes(path: Path) -> None:
     levels: dict[str, dict[str, float]] = {}
     for name, data in LOW_RESOURCE:
         title = TITLES[data]
-        found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-        for result in results_of(DOCS / "results" / f"{name}.json"):
-            found.setdefault((result["data"], result["run"]), []).append(result)
+        results = results_of(DOCS / "results" / f"{name}.json")
+        bleu = grid_scores(results, "BLEU")
+        sizes: dict[str, list[int]] = {}
+        for result in results:
+            if result["data"] == data:
+                size = result["neurons"]["parameters"]["compact"]
+                sizes.setdefault(result["run"], []).append(size)
         for line, runs in lines.items():
-            for results in (found[data, run] for run in runs if (data, run) in found):
-                millions = mean(r["neurons"]["parameters"]["compact"] for r in results) / 1e6
-                bleu = [r["scores"]["test"]["BLEU"]["score"] for r in results]
-                scores.setdefault(title, {}).setdefault(line, []).append((millions, bleu))
+            for run in (run for run in runs if run in sizes):
+                point = mean(sizes[run]) / 1e6, list(bleu[data, run, "test"].values())
+                scores.setdefault(title, {}).setdefault(line, []).append(point)
         for level, suffix in gentler.items():
-            if dense := found.get((data + suffix, "dense")):
-                score = mean(r["scores"]["test"]["BLEU"]["score"] for r in dense)
-                levels.setdefault(level, {})[title] = score
+            if by_seed := bleu.get((data + suffix, "dense", "test")):
+                levels.setdefault(level, {})[title] = mean(by_seed.values())
     figures.by_size(scores, levels, "Peak rate 3e-3, warm-up of 500 updates", path)
 
 
