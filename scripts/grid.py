@@ -101,6 +101,10 @@ def settings_of(config: DictConfig) -> dict[str, Any]:
     if not (path := config.datasets[config.data].get("path")):
         raise RunError(f"datasets.{config.data}: no path of a folder made by prepare_data.py")
     config.train.seed = config.seed
+    for key in ("max-update", "validate-interval-updates"):
+        value = config.train.get(key)
+        if type(value) is not int or value < 1:
+            raise RunError(f"train.{key} {value}: must be a number of updates, 1 or more")
     names = ("data", "run", "seed", *PARTS)
     resolved = OmegaConf.to_container(config, resolve=True)
     for key, choices in (("select", SELECT), ("keep", KEEP)):
@@ -155,16 +159,24 @@ def options(chosen: Mapping[str, Any]) -> list[str]:
             words.append("--no-prox-bias")
         elif value is True:
             words.append(f"--{name}")
-        elif value is not None and value is not False:
+        elif _is_given(value):
             words += [f"--{name}", str(value)]
     return words
+
+
+def _is_given(value: object) -> bool:
+    return value is not None and value is not False  # 0 is a value
+
+
+def shrinks(train: Mapping[str, Any]) -> bool:
+    """Whether a training with these options has proximal steps."""
+    return _is_given(train.get("prox")) and train["prox"] != "none"
 
 
 def freezes(train: Mapping[str, Any]) -> bool:
     """Whether a training with these options has a freeze."""
     keys = ("prox-target-sparsity", "prox-target-parameters", "prox-freeze-update")
-    wanted = any(train.get(key) is not None for key in keys)
-    return train.get("prox", "none") != "none" and wanted
+    return shrinks(train) and any(_is_given(train.get(key)) for key in keys)
 
 
 def whole_schedule(train: Mapping[str, Any]) -> dict[str, int]:
@@ -433,7 +445,7 @@ class Run:
         frozen = pipeline.frozen_at(self.folder / "train.log")
         if frozen is not None:
             saved = {update: path for update, path in saved.items() if update >= frozen}
-        elif saved and self.settings["train"].get("prox", "none") != "none":  # shrinks to the end
+        elif saved and shrinks(self.settings["train"]):  # to the end
             saved = {max(saved): saved[max(saved)]}
         if not saved:
             raise RunError(

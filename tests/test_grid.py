@@ -112,6 +112,18 @@ def test_a_run_overrides_its_data_set_and_that_the_base(grid, tmp_path):
         ("run=sparse", "runs has no sparse, but chosen, dense, late, odd"),
         ("run=odd", "runs.odd: no key trian, but train, generate, select, keep, prune"),
         ("run=chosen", "select first: must be one of best, bleu, last"),
+        (
+            "datasets.a.train.max-update=null",
+            "train.max-update None: must be a number of updates, 1 or more",
+        ),
+        (
+            "datasets.a.train.max-update=1e3",
+            "train.max-update 1000.0: must be a number of updates, 1 or more",
+        ),
+        (
+            "train.validate-interval-updates=0",
+            "train.validate-interval-updates 0: must be a number of updates, 1 or more",
+        ),
         ("datasets.a.path=null", "datasets.a: no path of a folder made by prepare_data.py"),
         ("data=b", "datasets has no b, but a"),
         ("runs.dense=narrow", "runs.dense: must be options and their values, not narrow"),
@@ -174,6 +186,22 @@ def test_options_of_a_mapping(grid):
         grid.options({"max_update": 3})
 
 
+@pytest.mark.parametrize(
+    ("train", "found"),
+    [
+        ({"prox": "l21", "prox-target-sparsity": 0.5}, True),
+        ({"prox": "l21", "prox-target-sparsity": None, "prox-freeze-update": 0}, True),
+        ({"prox": "l21", "prox-target-sparsity": False, "prox-strength": 1}, False),
+        ({"prox": None, "prox-target-sparsity": 0.5}, False),
+        ({"prox": False, "prox-target-sparsity": 0.5}, False),
+        ({"prox": "none", "prox-target-sparsity": 0.5}, False),
+        ({"prox-target-sparsity": 0.5}, False),
+    ],
+)
+def test_which_trainings_have_a_freeze(train, found, grid):
+    assert grid.freezes(train) is found
+
+
 def test_a_copy_of_a_grid_may_keep_its_name(tmp_path):
     (copies := tmp_path / "my grids").mkdir()
     text = (SCRIPTS / "grids" / "first.yaml").read_text()
@@ -218,6 +246,7 @@ def bare_run(grid, tmp_path):
     ("settings", "updates"),
     [
         ({}, [4, 6]),
+        *(({"train": {"prox": off}}, [4, 6]) for off in ("none", None, False)),
         ({"train": {"prox": "l21"}}, [6]),
         ({"train": {"prox": "l21"}, "frozen": 4}, [4, 6]),
         ({"train": {"prox": "l21"}, "frozen": 5}, [6]),
