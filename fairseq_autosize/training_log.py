@@ -15,6 +15,9 @@ _PAIR = re.compile(r"\b(\w+)[= ]([-+0-9.einfa]+)")  # \b: no damaged line takes 
 _COUNTED = re.compile(r"_(?:alive|pruned)$")
 _KIND = r"[\w-]+(?: \d{1,15})+"
 _LAYERS = re.compile(rf"alive after update (\d{{1,15}}), layer by layer: ({_KIND}(?:; {_KIND})*)$")
+# At the start of a training, after which come its notes.
+_LOADED = re.compile(rf"{_BEFORE}fairseq\.trainer{_BEHIND} (No existing|Loaded) checkpoint ")
+_LOADED_AT = re.compile(r"@ (\d{1,15}) updates\)$")
 _NOTED = re.compile(rf"{_BEFORE}fairseq_autosize[\w.]*{_BEHIND} (command|signature): (.*)$")
 
 
@@ -22,8 +25,9 @@ _NOTED = re.compile(rf"{_BEFORE}fairseq_autosize[\w.]*{_BEHIND} (command|signatu
 class TrainingLog:
     """A training, as its log tells it; what was logged twice, after a resumption, counts as last.
 
-    Where the updates go back, what an earlier attempt had told of later ones is forgotten: of one
-    that was begun anew, or had gone on beyond the checkpoint from which the next one resumed.
+    Where the updates go back, what an earlier attempt had told of later ones is forgotten: it had
+    gone on beyond the checkpoint from which the next one resumed. Of one that was begun anew, or
+    whose model alone was taken (``--finetune-from-model``), nothing is left.
 
     Attributes:
         train: the values of the progress lines by update, under the names of fairseq's meters.
@@ -61,6 +65,9 @@ class TrainingLog:
                     alive = {kind: [int(n) for n in counts] for kind, *counts in kinds}
                     self._forget_after(int(found[1]))
                     self.layers[int(found[1])] = alive
+                elif found := _LOADED.search(line):
+                    at = _LOADED_AT.search(line) if found[1] == "Loaded" else None
+                    self._start(int(at[1]) if at else 0)
                 elif found := _NOTED.search(line):
                     self.notes[found[1]] = found[2]
 
@@ -79,6 +86,14 @@ class TrainingLog:
             values = {"num_updates": update, **values, **self.train.get(int(update), {})}
         points = self.valid if tag == "valid" else self.train
         points[int(update)] = values
+
+    def _start(self, update: int) -> None:
+        """A training begins, or goes on from a checkpoint of this update."""
+        if update:
+            self._forget_after(update)
+        else:
+            for told in (self.train, self.valid, self.layers, self.notes):
+                told.clear()
 
     def _forget_after(self, update: int, layers: bool = True) -> None:
         """Drop what has been told of later updates. All are kept in the order of the updates."""

@@ -116,6 +116,23 @@ def test_a_longer_attempt_before_is_forgotten(line, train, valid, layers, longer
         assert (list(log.train), list(log.valid), list(log.layers)) == (train, valid, layers)
 
 
+@pytest.mark.parametrize(
+    "tag", ["... | INFO | fairseq.trainer | ", "[..][fairseq.trainer][INFO] - "]
+)
+@pytest.mark.parametrize(
+    ("line", "points"),
+    [
+        ("No existing checkpoint found out/checkpoint_last.pt", []),
+        ("Loaded checkpoint old (1).pt (epoch 3 @ 0 updates)", []),
+        ("Loaded checkpoint old.pt (epoch 3 @ 10 updates)", [10]),
+    ],
+)
+def test_a_training_that_begins_anew_has_nothing_of_the_one_before(tag, line, points, tmp_path):
+    log = read(tmp_path, f"{JSON}{tag}{line}\n")
+    assert list(log.train) == points and not log.valid and not log.layers
+    assert bool(log.notes) is bool(points)
+
+
 def test_half_a_line_of_numbers_begins_nothing(tmp_path):
     """It ends in num_updates=2, of which the 0 is still to be written."""
     half = SIMPLE.splitlines()[1].partition("0, lr=")[0]
