@@ -10,7 +10,8 @@ rather than to translate has a small difference, whatever its loss: losses do no
 apart, and translations do.
 
 DIR is a folder made by prepare_data.py, or one of fairseq-preprocess; for a checkpoint in a run's
-folder of grid.py it is the data of that run, whose BLEU stands in the table, too. Runs on the CPU.
+folder of grid.py it is the data of that run, whose BLEU stands in the table, too. Models of which a
+table would say the same are told apart by what only their paths have. Runs on the CPU.
 """
 
 from __future__ import annotations
@@ -102,6 +103,9 @@ def measure(checkpoint: Path, data: Path | None, split: str) -> dict[str, Any]:
             raise RunError(f"{checkpoint}: not in a run's folder of grid.py; give --data")
         data = Path(result["path"])
     binarised = data / "data-bin" if (data / "data-bin").is_dir() else data
+    own_data = Path(result.get("path", data)).resolve()
+    if binarised.resolve() not in (own_data, own_data / "data-bin"):  # --data says another
+        result = {key: result[key] for key in ("run", "seed")}
     if not any(binarised.glob("dict.*.txt")):
         raise RunError(f"{binarised}: no folder with binarised data (dict.*.txt); give --data")
     pipeline.check_path(binarised)
@@ -137,14 +141,25 @@ def measure(checkpoint: Path, data: Path | None, split: str) -> dict[str, Any]:
     return row | ({"BLEU": scores} if scores else {})
 
 
+def names(models: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The runs, with what only their own paths have where data, run and seed are the same."""
+    found = []
+    for model in models:
+        same = [m for m in models if all(m[key] == model[key] for key in ("data", "run", "seed"))]
+        shared = set.intersection(*(set(Path(m["checkpoint"]).parts) for m in same))
+        own = [part for part in Path(model["checkpoint"]).parts if part not in shared]
+        found.append("/".join([model["run"], *own]))
+    return found
+
+
 def table(summary: Mapping[str, Any]) -> str:
     """The models of one file of results as a table in Markdown."""
     rows = []
     splits = dict.fromkeys(name for model in summary["models"] for name in model.get("BLEU", {}))
-    for model in summary["models"]:
+    for model, name in zip(summary["models"], names(summary["models"]), strict=True):
         row = {
             "data": model["data"],
-            "run": model["run"],
+            "run": name,
             "seed": "" if model["seed"] is None else str(model["seed"]),
             "updates": "" if model["updates"] is None else f"{model['updates']:,}",
             "bits, own source": f"{model['bits']:.2f}",

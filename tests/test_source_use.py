@@ -79,6 +79,19 @@ def test_bits_are_fairseqs_own(model, corpus, run, tmp_path):
     made = call(run_folder / "deaf.pt", "--split", "test", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     assert re.search(r"^\| tiny \| deaf \| 3 \| 120 \| .* \| 0\.00 \| 1\.2 \|$", made.stdout, re.M)
+    # On other data these say nothing.
+    other = tmp_path / "other"
+    shutil.copytree(corpus, other)
+    made = call(run_folder / "deaf.pt", "--data", "other", cwd=tmp_path)
+    assert re.search(r"^\| other \| deaf \| 3 \| 120 \| .* \| 0\.00 \|$", made.stdout, re.M)
+
+
+def test_models_of_a_sweep_are_told_apart(source_use):
+    paths = [f"runs/pair/dense/{part}" for part in ("warmup-5/a.pt", "warmup-15/a.pt", "a.pt")]
+    models = [{"checkpoint": path, "data": "pair", "run": "dense", "seed": 1} for path in paths]
+    told = ["dense/warmup-5", "dense/warmup-15", "dense"]
+    assert source_use.names(models) == told
+    assert source_use.names([models[0], {**models[1], "seed": 2}]) == ["dense", "dense"]
 
 
 @pytest.mark.parametrize(
