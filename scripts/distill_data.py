@@ -38,8 +38,8 @@ def beside(dest: Path) -> Path:
     return dest.with_name(f"{dest.name}.part")
 
 
-def translate(args: argparse.Namespace, source: Path, lines: int, log: Path) -> list[str]:
-    """The teacher's translations of a text, one a line."""
+def translate(args: argparse.Namespace, source: Path, lines: int, log: Path) -> dict[int, str]:
+    """The teacher's translations of a text by line, without those that are too long for it."""
     languages, bpe = args.record["languages"], args.teacher_record["bpe"]
     command = [sys.executable, "-m", "fairseq_cli.interactive", str(args.teacher_data / "data-bin")]
     command += ["--source-lang", languages[0], "--target-lang", languages[1]]
@@ -48,10 +48,11 @@ def translate(args: argparse.Namespace, source: Path, lines: int, log: Path) -> 
     if bpe in SEGMENT:
         name, option, file = SEGMENT[bpe]
         command += ["--bpe", name, option, str(args.teacher_data / file)]
+    command += ["--skip-invalid-size-inputs-valid-test"]
     command += [*shlex.split(REMOVE_BPE[bpe]), "--beam", "5", *args.options]
     logger.info("translating %d lines, log in %s", lines, log)
     pipeline.execute(command, log)
-    return pipeline.hypotheses(log, lines)
+    return pipeline.translations(log)
 
 
 def distill(args: argparse.Namespace) -> None:
@@ -63,13 +64,17 @@ def distill(args: argparse.Namespace) -> None:
         shutil.copy(text, working)
     source, target = (working / f"train.{language}" for language in languages)
     references = pipeline.lines_of(target)
-    found = translate(args, source, len(references), working / "translations.out")
-    score = pipeline.scores(found, references)["BLEU"]["score"]
-    target.write_bytes(encode(found))
+    log = working / "translations.out"
+    found = translate(args, source, len(references), log)
+    if not found:
+        raise RunError(f"{log}: no translations")
+    score = pipeline.scores(list(found.values()), [references[i] for i in found])["BLEU"]["score"]
+    target.write_bytes(encode([found.get(i, own) for i, own in enumerate(references)]))
     working.rename(args.dest)
-    empty = found.count("")
     logger.info("%s: BLEU %.1f against the training set's own targets", args.dest, score)
-    if empty:
+    if kept := len(references) - len(found):
+        logger.warning("%d lines are too long for the teacher and keep their own targets", kept)
+    if empty := list(found.values()).count(""):
         logger.warning("%d translations are empty; prepare_data.py drops those pairs", empty)
     prepare = ["python", "scripts/prepare_data.py", f"{args.dest.name}", f"data/{args.dest.name}"]
     prepare += ["--source", str(args.dest)]

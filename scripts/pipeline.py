@@ -121,16 +121,22 @@ def corpus_identity(record: Mapping[str, Any]) -> dict[str, Any]:
     return {key: record.get(key) for key in ("languages", "bpe", "vocab_size", "sha256")}
 
 
+def translations(log: Path) -> dict[int, str]:
+    """The best translations in the output of fairseq's programs, by the line of the corpus."""
+    found: dict[int, str] = {}
+    for line in log.read_text(encoding="utf-8").splitlines():
+        if match := re.match(r"H-(\d+)\t[^\t]*\t(.*)", line):
+            found.setdefault(int(match[1]), match[2])  # --nbest has more, the best first
+    return found
+
+
 def hypotheses(log: Path, lines: int) -> list[str]:
-    """The best translations in fairseq-generate's output, in the order of the corpus.
+    """The same in the order of the corpus.
 
     Raises:
         RunError: they are not as many as the corpus has lines; fairseq drops batches silently.
     """
-    found = {}
-    for line in log.read_text(encoding="utf-8").splitlines():
-        if match := re.match(r"H-(\d+)\t[^\t]*\t(.*)", line):
-            found.setdefault(int(match[1]), match[2])  # --nbest has more, the best first
+    found = translations(log)
     if len(found) != lines:
         raise RunError(f"{log}: {len(found)} translations of {lines} lines")
     return [found[index] for index in sorted(found)]

@@ -74,6 +74,20 @@ def test_targets_are_the_teachers_translations(folder, tmp_path, run):
     prepare(tmp_path / "new", "distilled", "text", "--vocab-size", "200")
 
 
+@pytest.mark.parametrize("folder", ["sentencepiece"], indirect=True)
+@pytest.mark.heavy
+def test_lines_that_are_too_long_for_the_teacher_keep_their_targets(folder, tmp_path):
+    root, _ = folder
+    options = ("--teacher-data", "teacher", "--cpu", "--max-source-positions", "12")
+    made = call("distill_data.py", *TEACHER, tmp_path / "text", *options, cwd=root)
+    assert made.returncode == 0, made.stderr
+    found = (tmp_path / "text" / "train.en").read_text(encoding="utf-8").splitlines()
+    own = (root / "student" / "raw" / "train.en").read_text(encoding="utf-8").splitlines()
+    kept = sum(a == b for a, b in zip(found, own, strict=True))
+    assert 0 < kept < len(own)
+    assert f"{kept} lines are too long for the teacher and keep their own targets" in made.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
