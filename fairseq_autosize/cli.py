@@ -266,7 +266,7 @@ def _describe(
     # In a training of its own a target would count from the small model, and prune it again.
     start, prox, without = "--finetune-from-model", " --prox none", ", without other --prox options"
     if arguments.keep_optimizer:
-        start, prox, without = "--restore-file", "", ""
+        start, prox, without = "--continue-once", "", ""
     program = "fairseq-generate" if result.translates else "fairseq-eval-lm"
     output = shlex.quote(str(arguments.output))
     lines += [

@@ -224,7 +224,7 @@ def test_training_on_without_prox_after_a_freeze_is_told(corpus, run, tmp_path):
     widths = [",".join(map(str, small.widths[side])) for side in ("encoder", "decoder")]
     sizes = ("--arch", "transformer_autosize", "--encoder-ffn-dims", widths[0])
     sizes += ("--decoder-ffn-dims", widths[1], "--save-dir", tmp_path / "small")
-    output = run(*train, "24", *sizes, "--restore-file", tmp_path / "small.pt").stdout
+    output = run(*train, "24", *sizes, "--continue-once", tmp_path / "small.pt").stdout
     assert "come back" not in output
 
 
