@@ -37,8 +37,9 @@ Which of them for which wish: [choosing](choosing.md).
   that update, so warm-up and decay apply to the shrinking as well.
 - **`--update-freq`, gradient clipping.** One proximal step an update, after clipping and after the
   optimizer's step. An update skipped for an overflow takes none.
-- **`--best-checkpoint-metric loss_after_freeze`**, or **`bleu_after_freeze`** with `--eval-bleu`
-  and `--maximize-best-checkpoint-metric`: the validation loss or BLEU, from the freeze on; the best
+- **`--best-checkpoint-metric loss_after_freeze`**, or **`bleu_after_freeze`** with `--eval-bleu`,
+  `--eval-bleu-remove-bpe sentencepiece` (without it fairseq scores the subword pieces) and
+  `--maximize-best-checkpoint-metric`: the validation loss or BLEU, from the freeze on; the best
   checkpoint is then one of the final size, and `--patience` counts from there. Both need a target
   or `--prox-freeze-update`, and do not go with `--lr-scheduler reduce_lr_on_plateau`. A run that
   goes on from a checkpoint with another metric, or with a freeze that does not count any more (see
