@@ -260,7 +260,7 @@ def bleu_against_source_use(
     figure, panels = pyplot.subplots(1, 2, figsize=(6.4, 3.2), sharey=True, layout="constrained")
     labels = ("bits a subword from the source", "loss (validation), bits a subword")
     for place, (axes, label) in enumerate(zip(panels, labels, strict=True)):
-        for marker, (kind, models) in zip("so^", points.items(), strict=False):
+        for marker, (kind, models) in zip("so^D", points.items(), strict=True):
             found = [(model[place], model[2]) for model in models]
             axes.plot(*zip(*found, strict=True), marker, label=kind, alpha=0.8)
         axes.set_xlabel(label)

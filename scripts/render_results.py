@@ -455,6 +455,7 @@ def draw_source_use(name: str, data: str, path: Path) -> None:
     import figures
 
     kinds = {"dense": "dense", "narrow": "uniform, narrower", "l21": "auto-sized"}
+    kinds |= dict.fromkeys(("magnitude", "torch"), "cut without shrinking")
     points: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in kinds.values()}
     summary = json.loads((DOCS / "results" / f"{name}.json").read_text(encoding="utf-8"))
     for model in summary["models"]:
