@@ -16,7 +16,8 @@ _COUNTED = re.compile(r"_(?:alive|pruned)$")
 _KIND = r"[\w-]+(?: \d{1,15})+"
 _LAYERS = re.compile(rf"alive after update (\d{{1,15}}), layer by layer: ({_KIND}(?:; {_KIND})*)$")
 # At the start of a training, after which come its notes.
-_LOADED = re.compile(rf"{_BEFORE}fairseq\.trainer{_BEHIND} (No existing|Loaded) checkpoint ")
+_ANEW = re.compile(rf"{_BEFORE}fairseq\.trainer{_BEHIND} No existing checkpoint found ")
+_LOADED = re.compile(rf"{_BEFORE}fairseq\.trainer{_BEHIND} Loaded checkpoint ")
 _LOADED_AT = re.compile(r"@ (\d{1,15}) updates\)$")
 _NOTED = re.compile(rf"{_BEFORE}fairseq_autosize[\w.]*{_BEHIND} (command|signature): (.*)$")
 
@@ -65,9 +66,10 @@ class TrainingLog:
                     alive = {kind: [int(n) for n in counts] for kind, *counts in kinds}
                     self._forget_after(int(found[1]))
                     self.layers[int(found[1])] = alive
-                elif found := _LOADED.search(line):
-                    at = _LOADED_AT.search(line) if found[1] == "Loaded" else None
-                    self._start(int(at[1]) if at else 0)
+                elif _ANEW.search(line):
+                    self._start(0)
+                elif _LOADED.search(line) and (found := _LOADED_AT.search(line)):
+                    self._start(int(found[1]))
                 elif found := _NOTED.search(line):
                     self.notes[found[1]] = found[2]
 
@@ -89,11 +91,9 @@ class TrainingLog:
 
     def _start(self, update: int) -> None:
         """A training begins, or goes on from a checkpoint of this update."""
-        if update:
-            self._forget_after(update)
-        else:
-            for told in (self.train, self.valid, self.layers, self.notes):
-                told.clear()
+        self._forget_after(update or -1)
+        if not update:
+            self.notes.clear()
 
     def _forget_after(self, update: int, layers: bool = True) -> None:
         """Drop what has been told of later updates. All are kept in the order of the updates."""

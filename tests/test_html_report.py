@@ -133,6 +133,11 @@ def test_a_training_that_begins_anew_has_nothing_of_the_one_before(tag, line, po
     assert bool(log.notes) is bool(points)
 
 
+def test_a_damaged_line_of_a_checkpoint_begins_nothing(tmp_path):
+    log = read(tmp_path, f"{JSON}... | INFO | fairseq.trainer | Loaded checkpoint old.pt (epoch\n")
+    assert list(log.train) == [10, 20] and log.valid and log.layers and log.notes
+
+
 def test_half_a_line_of_numbers_begins_nothing(tmp_path):
     """It ends in num_updates=2, of which the 0 is still to be written."""
     half = SIMPLE.splitlines()[1].partition("0, lr=")[0]
